@@ -1,0 +1,13 @@
+"""What is optimised, given a backbone."""
+
+from nepa_scale.objectives.diagnostics import collapse_diagnostics, effective_rank
+from nepa_scale.objectives.next_embedding import NextEmbedding, draw_rope_scale, next_embedding_loss, random_mask
+
+__all__ = [
+    "NextEmbedding",
+    "collapse_diagnostics",
+    "draw_rope_scale",
+    "effective_rank",
+    "next_embedding_loss",
+    "random_mask",
+]

@@ -1,0 +1,163 @@
+"""The parts of a block.
+
+Precision is written out rather than left to autocast, so that it is the same under every sharding strategy: parameters
+arrive in fp32 (one process, DDP) or already in the compute dtype (FSDP2, ZeRO) and are cast to the dtype of the
+activation at their use; the residual stream and the norms are fp32. The residual stream has to be: LayerScale starts
+at 1e-5, and bf16 would round such an update of a value near 1 away.
+
+Parameters are left uninitialised here; `nepa_scale.models.initialization` fills them by name.
+
+Shapes: B images, T tokens, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nepa_scale.counter_random import uniform
+from nepa_scale.models.rope import rotate
+
+NORM_EPS = 1e-12
+
+
+class Linear(nn.Linear):
+    """A Linear with bias that computes in the dtype of its input."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: drawing weights that are overwritten costs minutes at billions of parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, computed in fp32 from an input of any dtype; eps 1e-12, bias optional.
+
+    The result is returned in `dtype` of the call, the input's own where none is given.
+    """
+
+    def __init__(self, width: int, *, weight: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(width)) if weight else None
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or x.dtype
+        weight, bias = (None if p is None else p.to(dtype).float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), (self.width,), weight, bias, NORM_EPS).to(dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """Images [B, 3, h, w] -> embeddings [B, T, D]: non-overlapping patches, row by row, after a learned CLS token.
+
+    A convolution whose stride is its kernel, written as the matrix product that it is.
+    """
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+
+    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        batch, channels, height, width = images.shape
+        p = self.patch_size
+        patches = (
+            images.to(dtype)
+            .reshape(batch, channels, height // p, p, width // p, p)
+            .permute(0, 2, 4, 1, 3, 5)
+            .reshape(batch, -1, channels * p * p)
+        )
+        embedded = F.linear(patches, self.weight.to(dtype).flatten(1), self.bias.to(dtype))
+        return torch.cat([self.cls_token.to(dtype).expand(batch, -1, -1), embedded], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention [B, T, D] -> [B, T, D] with one fused projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, qk_norm: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = width // heads
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+        self.normalized = qk_norm != "none"
+        if self.normalized:
+            affine = qk_norm == "affine"
+            self.query_norm = LayerNorm(self.head_dim, weight=affine, bias=False)
+            self.key_norm = LayerNorm(self.head_dim, weight=affine, bias=False)
+
+    def queries_keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Three [B, H, T, d], queries and keys normalised and rotated."""
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.normalized:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return q, k, v
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, causal: bool) -> Tensor:
+        q, k, v = self.queries_keys_values(x, rope)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """[B, T, D] -> [B, T, D]: GELU (exact erf), or SwiGLU, whose width is not reduced by the customary 2/3."""
+
+    def __init__(self, width: int, mlp_width: int, gated: bool) -> None:
+        super().__init__()
+        self.gate = Linear(width, mlp_width) if gated else None
+        self.up = Linear(width, mlp_width)
+        self.down = Linear(mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x)))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Pre-norm block on the fp32 residual stream [B, T, D]."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, *, gated: bool, qk_norm: str, layer_scale: bool, drop_path: float,
+        index: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.index = index
+        self.drop_path = drop_path
+        self.attention_norm = LayerNorm(width)
+        self.attention = Attention(width, heads, qk_norm)
+        self.mlp_norm = LayerNorm(width)
+        self.mlp = Mlp(width, mlp_width, gated)
+        self.attention_scale = nn.Parameter(torch.empty(width)) if layer_scale else None
+        self.mlp_scale = nn.Parameter(torch.empty(width)) if layer_scale else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        causal: bool,
+        dtype: torch.dtype,
+        sample_keys: Tensor | None,
+    ) -> Tensor:
+        """x: fp32 [B, T, D]; dtype: of the matrix products; sample_keys: int64 [B], whence drop path is drawn."""
+        mixed = self.attention(self.attention_norm(x, dtype), rope, causal)
+        x = x + self._branch(mixed, self.attention_scale, "attention", sample_keys)
+        hidden = self.mlp(self.mlp_norm(x, dtype))
+        return x + self._branch(hidden, self.mlp_scale, "mlp", sample_keys)
+
+    def _branch(self, y: Tensor, scale: Tensor | None, name: str, sample_keys: Tensor | None) -> Tensor:
+        y = y.float()
+        if scale is not None:
+            y = y * scale.float()
+        if self.training and self.drop_path > 0 and sample_keys is not None:
+            kept = uniform(sample_keys, "drop_path", name, self.index) >= self.drop_path
+            y = y * (kept.float() / (1.0 - self.drop_path)).unsqueeze(-1)
+        return y

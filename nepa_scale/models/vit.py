@@ -1,0 +1,108 @@
+"""The causal Vision Transformer of NEPA (arXiv 2512.16922).
+
+Shapes: B images, T = 1 + patches tokens (CLS first), D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nepa_scale.config import ModelConfig
+from nepa_scale.models.initialization import initialize_module
+from nepa_scale.models.layers import Block, LayerNorm, PatchEmbedding
+from nepa_scale.models.rope import rope_tables
+from nepa_scale.models.sizes import Architecture, resolve_architecture
+
+
+class MaskToken(nn.Module):
+    """Replaces the embeddings [B, T, D] of masked patches (bool [B, T-1], True: masked) by one learned vector."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, 1, width))
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        masked = torch.cat([mask.new_zeros(mask.shape[0], 1), mask], dim=1).unsqueeze(-1)
+        return torch.where(masked, self.weight.to(embeddings.dtype), embeddings)
+
+
+class CausalViT(nn.Module):
+    """Patch embedding, blocks, final norm: no head, no absolute position.
+
+    `dtype` is that of the matrix products, whatever the parameters' own (see `layers`).
+    """
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.dtype = dtype
+        a = architecture
+        self.embedding = PatchEmbedding(a.patch_size, a.width)
+        self.mask_token = MaskToken(a.width) if a.mask_token else None
+        self.blocks = nn.ModuleList(
+            Block(
+                a.width,
+                a.heads,
+                a.mlp_width,
+                gated=a.gated,
+                qk_norm=a.qk_norm,
+                layer_scale=a.layer_scale is not None,
+                drop_path=a.drop_path * index / max(a.depth - 1, 1),
+                index=index,
+            )
+            for index in range(a.depth)
+        )
+        self.norm = LayerNorm(a.width)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        causal: bool = True,
+        rope_scale: Tensor | None = None,
+        mask: Tensor | None = None,
+        sample_keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised images [B, 3, h, w] -> (embeddings, predictions), both [B, T, D] in `dtype`.
+
+        embeddings: the patch embedding's output, before masking: what NEPA predicts
+        predictions: the last block's output after the final norm
+        causal: lower-triangular attention over CLS and the patches in raster order; else bidirectional
+        rope_scale: float32 [], factor on the coordinates of rotary position; None: 1
+        mask: bool [B, T-1], True where a patch's input is replaced by the mask token
+        sample_keys: int64 [B], randomness of drop path; only used in training
+        """
+        embeddings = self.embedding(images, self.dtype)
+        inputs = embeddings
+        if mask is not None and self.mask_token is not None:
+            inputs = self.mask_token(embeddings, mask)
+        rope = self._rope(images, rope_scale)
+        x = inputs.float()
+        for block in self.blocks:
+            x = block(x, rope, causal, self.dtype, sample_keys)
+        return embeddings, self.norm(x, self.dtype)
+
+    def _rope(self, images: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        a = self.architecture
+        if not a.rope:
+            return None
+        grid = (images.shape[2] // a.patch_size, images.shape[3] // a.patch_size)
+        return rope_tables(grid, a.head_dim, a.rope_theta, images.device, scale)
+
+
+def build_vit(
+    size: str = "vit_b", patch_size: int = 14, image_size: int | tuple[int, int] = 224, *, seed: int = 0, **model: Any
+) -> CausalViT:
+    """An initialised fp32 backbone of a named size; further keywords are the fields of `ModelConfig`.
+
+    Raises:
+        ConfigError: unknown size or impossible numbers.
+    """
+    sides = image_size if isinstance(image_size, int) else list(image_size)
+    config = ModelConfig(size=size, patch_size=patch_size, image_size=sides, **model)
+    vit = CausalViT(resolve_architecture(config))
+    initialize_module(vit, vit.architecture, seed)
+    return vit

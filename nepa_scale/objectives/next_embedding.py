@@ -1,0 +1,81 @@
+"""Next-embedding prediction (arXiv 2512.16922, section 3): negative cosine, shifted by one, target under stop-gradient.
+
+Shapes: B images, T = 1 + patches tokens (CLS first), D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nepa_scale.config import ObjectiveConfig
+from nepa_scale.counter_random import hash_uniform, uniform
+from nepa_scale.models import CausalViT
+
+
+def next_embedding_loss(
+    embeddings: Tensor, predictions: Tensor, *, shift: bool = True, stop_gradient: bool = True
+) -> Tensor:
+    """Mean negative cosine between predictions and target embeddings, a float32 scalar.
+
+    embeddings, predictions: [B, T, D] of any floating dtype; the cosine is computed in float32 whatever the dtype and
+        whatever autocast says, since bf16 arithmetic moves a true -0.9947 to -0.9961
+    shift: position t predicts the embedding at t + 1, so that CLS is never a target and the last prediction is unused;
+        without it each patch predicts its own embedding (the paper's ablation, which collapses to copying)
+    stop_gradient: no gradient into the targets
+    """
+    if shift:
+        embeddings, predictions = embeddings[:, 1:], predictions[:, :-1]
+    else:
+        embeddings, predictions = embeddings[:, 1:], predictions[:, 1:]
+    if stop_gradient:
+        embeddings = embeddings.detach()
+    with torch.autocast(predictions.device.type, enabled=False):
+        return -F.cosine_similarity(predictions.float(), embeddings.float(), dim=-1).mean()
+
+
+def random_mask(sample_keys: Tensor, patches: int, ratio: float) -> Tensor:
+    """Masks exactly round(ratio * patches) patches of each image: bool [B, patches], a pure function of the keys."""
+    scores = uniform(sample_keys, "mask", count=patches)
+    masked = round(ratio * patches)
+    ranks = scores.argsort(dim=1).argsort(dim=1)
+    return ranks < masked
+
+
+def draw_rope_scale(rescale: float, *words: int | str) -> float:
+    """The training factor on rotary coordinates: log-uniform in [1/rescale, rescale], a pure function of `words`."""
+    return rescale ** (2.0 * hash_uniform("rope", *words) - 1.0)
+
+
+class NextEmbedding(nn.Module):
+    """A backbone and its pretraining objective: the module that the strategies shard and step."""
+
+    def __init__(self, backbone: CausalViT, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.objective = objective
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """The submodules that are gathered, recomputed and compiled as one, in the order of the forward pass."""
+        return [self.backbone.embedding, *self.backbone.blocks]
+
+    def forward(
+        self, images: Tensor, *, sample_keys: Tensor | None = None, rope_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Normalised images [B, 3, h, w] -> {"loss": float32 [], "embeddings": [B, T, D], "predictions": [B, T, D]}.
+
+        sample_keys: int64 [B], whence masks and drop path are drawn; None (evaluation): neither
+        rope_scale: float32 [], see `draw_rope_scale`; None (evaluation): 1
+        """
+        o = self.objective
+        mask = None
+        if o.mask_ratio > 0 and sample_keys is not None:
+            patch = self.backbone.architecture.patch_size
+            mask = random_mask(sample_keys, (images.shape[2] // patch) * (images.shape[3] // patch), o.mask_ratio)
+        embeddings, predictions = self.backbone(
+            images, causal=o.causal, rope_scale=rope_scale, mask=mask, sample_keys=sample_keys
+        )
+        loss = next_embedding_loss(embeddings, predictions, shift=o.shift, stop_gradient=o.stop_gradient)
+        return {"loss": loss, "embeddings": embeddings, "predictions": predictions}
