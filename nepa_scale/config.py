@@ -107,7 +107,9 @@ class TrainConfig:
     seed: int = 0
     resume: str = "auto"  # auto (newest in the run folder) | none | path of a checkpoint
     log_every: int = 20
-    log_samples: bool = False
+    log_samples: bool = False  # write the keys of every step's samples to RUN/samples/
+    max_skipped: int = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
+    timeout: float = 300.0  # seconds that a rank waits for the others before it gives up
 
 
 @dataclass
@@ -123,7 +125,11 @@ class EmaConfig:
 
 @dataclass
 class EvaluateConfig:
-    every: int = 0  # steps between kNN evaluations; 0: only at the end, and only where data.val is given
+    """kNN accuracy of the features, where data.val is given: before the first step, after the last, and in between."""
+
+    every: int = 0  # steps; 0: only before and after
+    bank: int = 50_000  # training samples, evenly spread, among which neighbours are sought
+    batch_size: int = 64  # per rank
 
 
 @dataclass
@@ -178,10 +184,14 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "train.micro_batch_size": (1, float("inf")),
     "train.seed": (0, 2**63 - 1),
     "train.log_every": (1, float("inf")),
+    "train.max_skipped": (1, float("inf")),
+    "train.timeout": (1.0, float("inf")),
     "checkpoint.every": (0, float("inf")),
     "checkpoint.keep": (1, float("inf")),
     "ema.decay": (0.0, 1.0),
     "evaluate.every": (0, float("inf")),
+    "evaluate.bank": (1, float("inf")),
+    "evaluate.batch_size": (1, float("inf")),
 }
 
 

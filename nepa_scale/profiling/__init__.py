@@ -1,0 +1,14 @@
+"""FLOPs, and what devices can do."""
+
+from nepa_scale.models import Architecture
+from nepa_scale.profiling.devices import peak_flops
+from nepa_scale.profiling.flops import forward_flops, train_flops
+from nepa_scale.training.metrics import Costs
+
+
+def training_costs(architecture: Architecture, peak: float | None) -> Costs:
+    """What the loop needs to turn images into FLOPs and MFU."""
+    return Costs(float(train_flops(architecture)), architecture.tokens, peak)
+
+
+__all__ = ["Costs", "forward_flops", "peak_flops", "train_flops", "training_costs"]

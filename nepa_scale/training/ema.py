@@ -1,0 +1,50 @@
+"""An exponential moving average of the weights that works under every sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nepa_scale.sharding import Shard, Strategy
+
+
+class MovingAverage:
+    """Averages each rank's own fp32 masters, next to them and under the name "ema" in their `Shard`s."""
+
+    def __init__(self, shards: list[Shard], decay: float) -> None:
+        self.decay = decay
+        for shard in shards:
+            shard.tensors["ema"] = shard.tensors["master"].clone()
+        held = [shard for shard in shards if shard.stop > shard.start]
+        self._averages = [shard.tensors["ema"] for shard in held]
+        self._masters = [shard.tensors["master"] for shard in held]
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Sets the average to the present weights."""
+        torch._foreach_copy_(self._averages, self._masters)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """ema <- decay * ema + (1 - decay) * weights."""
+        torch._foreach_lerp_(self._averages, self._masters, 1.0 - self.decay)
+
+    @contextmanager
+    def applied(self, strategy: Strategy) -> Iterator[None]:
+        """Within the context the strategy's module computes with the averaged weights. Collective."""
+        self._swap()
+        strategy.refresh()
+        try:
+            yield
+        finally:
+            self._swap()
+            strategy.refresh()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, master in zip(self._averages, self._masters, strict=True):
+            kept = master.clone()
+            master.copy_(average)
+            average.copy_(kept)

@@ -1,0 +1,131 @@
+"""From the loop's tensors to the rows of metrics.jsonl, with one wait for the device a row."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nepa_scale.sharding import World, max_over_ranks, mean_over_ranks
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a trained image costs, from `profiling`: FLOPs (forward and backward), tokens, and the devices' peak."""
+
+    train_flops_per_image: float
+    tokens_per_image: int
+    peak_flops: float | None  # of one device in the run's precision; None: not known
+
+
+@dataclass
+class Window:
+    """The steps since the last logged one. Tensors stay on the device until `Meter.row` reads them."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    keys: list[list[str]] = field(default_factory=list)
+    data_seconds: float = 0.0
+    paused_seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that no rank applied because the loss or the gradient was not finite on `ranks`."""
+
+    step: int
+    ranks: list[int]
+    keys: list[str]  # of those ranks' samples
+
+
+class Meter:
+    """Collects the steps of a window and reduces them over the ranks; every method of a step is free of host syncs."""
+
+    def __init__(self, world: World, costs: Costs, global_batch_size: int, steps_per_epoch: int) -> None:
+        self.world, self.costs = world, costs
+        self.global_batch_size, self.steps_per_epoch = global_batch_size, steps_per_epoch
+        self.window = Window()
+
+    def add_step(self, loss: Tensor, norm: Tensor, keys: list[str], data_seconds: float) -> None:
+        """loss: this rank's mean over its micro-batches; norm: the global gradient norm, both []."""
+        self.window.losses.append(loss)
+        self.window.norms.append(norm)
+        self.window.keys.append(keys)
+        self.window.data_seconds += data_seconds
+
+    def pause(self, seconds: float) -> None:
+        """Takes evaluation and the like out of the window's time."""
+        self.window.paused_seconds += seconds
+
+    def row(self, step: int, lr: float, diagnostics: dict[str, Tensor]) -> tuple[dict[str, Any], list[BadStep]]:
+        """Ends the window at `step`. Collective. Returns the metrics row and the steps that were skipped."""
+        window, self.window = self.window, Window()
+        losses, norms = torch.stack(window.losses), torch.stack(window.norms).to(window.losses[0].device)
+        finite = norms.isfinite()
+        reduced = mean_over_ranks(
+            {
+                "loss": torch.where(finite, losses, 0.0).sum() / finite.sum(),
+                "skipped": (~finite).sum(),
+                "grad_norm": norms[-1],
+                "data_seconds": torch.tensor(window.data_seconds, device=losses.device),
+                **diagnostics,
+            }
+        )
+        steps = len(window.losses)
+        seconds = time.perf_counter() - window.began - window.paused_seconds
+        rate = steps * self.global_batch_size / seconds
+        skipped = int(reduced.pop("skipped"))
+        bad = self._name_bad_steps(step, window, losses, finite) if skipped else []
+        seen = step * self.global_batch_size
+        peak = self.costs.peak_flops
+        row = {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "samples_seen": seen,
+            "tokens_seen": seen * self.costs.tokens_per_image,
+            "flops_seen": seen * self.costs.train_flops_per_image,
+            "loss": reduced.pop("loss"),
+            "grad_norm": reduced.pop("grad_norm"),
+            "lr": lr,
+            "skipped_steps": skipped,
+            "images_per_second": rate,
+            "tokens_per_second": rate * self.costs.tokens_per_image,
+            "step_seconds": seconds / steps,
+            "data_seconds": reduced.pop("data_seconds") / steps,
+            "mfu": rate * self.costs.train_flops_per_image / (peak * self.world.size) if peak else None,
+            "peak_memory_bytes": int(max_over_ranks(_peak_memory(self.world.device), self.world.device)),
+        }
+        return row | reduced, bad
+
+    def _name_bad_steps(self, step: int, window: Window, losses: Tensor, finite: Tensor) -> list[BadStep]:
+        """Which ranks' samples made the skipped steps of the window bad; every rank, where no loss shows it."""
+        first = step - len(window.losses) + 1
+        own = {
+            first + i: window.keys[i]
+            for i, (loss, good) in enumerate(zip(losses.tolist(), finite.tolist(), strict=True))
+            if not good and loss - loss != 0.0
+        }
+        gathered: list[dict[int, list[str]]] = [{} for _ in range(self.world.size)]
+        dist.all_gather_object(gathered, own)
+        return [
+            BadStep(
+                step=first + i,
+                ranks=[rank for rank, found in enumerate(gathered) if first + i in found],
+                keys=[key for found in gathered for key in found.get(first + i, [])],
+            )
+            for i, good in enumerate(finite.tolist())
+            if not good
+        ]
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

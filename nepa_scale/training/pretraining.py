@@ -1,0 +1,51 @@
+"""Next-embedding pretraining as the loop sees it: a module, its parameter groups, and the inputs of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nepa_scale.config import Config
+from nepa_scale.data.batch import Batch, normalize
+from nepa_scale.models import CausalViT, initial_values, resolve_architecture
+from nepa_scale.objectives import NextEmbedding, collapse_diagnostics, draw_rope_scale
+from nepa_scale.sharding import ParameterGroup
+from nepa_scale.training.optimization import pretraining_groups
+
+
+class Pretraining:
+    """See the module's docstring; `classification` offers the same for fine-tuning."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.architecture = resolve_architecture(config.model, mask_token=config.objective.mask_ratio > 0)
+        with torch.device("meta"):
+            self.parameters = sum(parameter.numel() for parameter in self.build().parameters())
+
+    def build(self) -> nn.Module:
+        """The module with uninitialised parameters, on the default device."""
+        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        return NextEmbedding(CausalViT(self.architecture, dtype), self.config.objective)
+
+    def initial_values(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The parameter's initial value, float32 of `shape`."""
+        return initial_values(name, shape, self.architecture, self.config.train.seed)
+
+    def groups(self, names: Sequence[str]) -> list[ParameterGroup]:
+        return pretraining_groups(names, self.config.optimizer.weight_decay)
+
+    def inputs(self, batch: Batch, step: int) -> dict[str, Any]:
+        """Keyword arguments of the module for one micro-batch of update `step`; the batch is on the device."""
+        scale = draw_rope_scale(self.architecture.rope_rescale, self.config.train.seed, step)
+        return {
+            "images": normalize(batch.images, batch.flip),
+            "sample_keys": batch.sample_keys,
+            "rope_scale": torch.full((), scale, device=batch.images.device),
+        }
+
+    def diagnostics(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What to log beside the loss, from the last micro-batch's outputs."""
+        return collapse_diagnostics(outputs["embeddings"], outputs["predictions"])

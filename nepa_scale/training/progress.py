@@ -1,0 +1,111 @@
+"""What a person sees while a run trains, and the mirrors of its metrics."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Tracker(Protocol):
+    """Receives a copy of each row of metrics.jsonl."""
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbTracker:
+    """Weights & Biases; offline where there is no key. A failure there is reported once and never stops the run."""
+
+    def __init__(self, run_folder: str, config: dict[str, Any]) -> None:
+        self._run: Any = None
+        try:
+            import wandb
+
+            if not os.environ.get("WANDB_API_KEY"):
+                os.environ.setdefault("WANDB_MODE", "offline")
+            self._run = wandb.init(
+                project="nepa_scale",
+                dir=run_folder,
+                config=config,
+                name=os.path.basename(run_folder),
+                resume="allow",
+                settings=wandb.Settings(init_timeout=30),
+            )
+        except Exception as error:  # whatever a tracker does, training goes on
+            self._give_up(error)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(row, step=row["step"])
+            except Exception as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        print(f"wandb is not available and this run goes on without it: {error}", file=sys.stderr)
+
+
+class TerminalProgress:
+    """One live line on a terminal; elsewhere (a log file) one line for each logged step."""
+
+    COLUMNS = ("loss", "images_per_second")
+
+    def __init__(self, start: int, total: int, enabled: bool) -> None:
+        self._console = Console(stderr=False)
+        self._live: Progress | None = None
+        self._enabled = enabled
+        self._start, self._total, self._began = start, total, time.monotonic()
+        if enabled and self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self._console,
+            )
+            self._task = self._live.add_task("train", total=total, completed=start, numbers="")
+            self._live.start()
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Shows a row of metrics."""
+        if not self._enabled:
+            return
+        numbers = f"loss {row['loss']:.4f}   {row['images_per_second']:,.0f} images/s"
+        if self._live is not None:
+            self._live.update(self._task, completed=row["step"], numbers=numbers)
+            return
+        done = max(row["step"] - self._start, 1)
+        left = (time.monotonic() - self._began) / done * (self._total - row["step"])
+        print(f"step {row['step']}/{self._total}   {numbers}   {format_duration(left)} left", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line without disturbing the live one."""
+        if self._enabled:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def format_duration(seconds: float) -> str:
+    """`3d 04h`, `2h 05m`, `3m 07s` or `12s`."""
+    whole = int(max(seconds, 0))
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"

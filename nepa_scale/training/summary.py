@@ -1,0 +1,42 @@
+"""What a run prints before its first step and after its last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nepa_scale.training.curves import plot_curves
+from nepa_scale.training.loop import Run
+from nepa_scale.training.run_folder import read_json_lines
+
+
+def print_plan(run: Run, start: int, samples: int) -> None:
+    """A few lines that say what is about to happen; the resolved configuration is in RUN/config.yaml."""
+    plan, schedule, config = run.plan, run.schedule, run.config
+    print(
+        f"{config.task}: {config.model.size}, {run.task.parameters:,} parameters, {config.train.precision}, "
+        f"{run.strategy.name} on {run.world.size} x {run.world.device.type}\n"
+        f"data: {samples:,} images, {schedule.steps_per_epoch} steps an epoch; "
+        f"batch {plan.global_batch_size} = {run.world.size} ranks x {plan.micro_batch_size} x {plan.accumulation}\n"
+        f"schedule: {schedule.total} steps, {schedule.warmup} warmup, peak lr {schedule.peak_lr:.3g}; "
+        f"{run.costs.train_flops_per_image * plan.global_batch_size * schedule.total:.3g} FLOPs\n"
+        f"run folder: {run.folder}" + (f", resumed after step {start}" if start else ""),
+        flush=True,
+    )
+
+
+def print_summary(folder: Path) -> None:
+    """The result of a finished run: last loss, kNN accuracy against its baselines, and where the curves are."""
+    rows = read_json_lines(folder / "metrics.jsonl")
+    losses = [row for row in rows if "loss" in row]
+    scores = [row for row in rows if "knn_top1" in row]
+    print(f"\nfinished {folder}")
+    if losses:
+        print(f"  loss                    {losses[-1]['loss']:.4f}  (step {losses[-1]['step']})")
+    if scores:
+        first, last = scores[0], scores[-1]
+        print(f"  kNN top-1, trained      {last['knn_top1']:.1%}")
+        for key, label in (("knn_top1_untrained", "untrained network"), ("knn_top1_pixels", "raw pixels")):
+            if key in first:
+                margin = 100 * (last["knn_top1"] - first[key])
+                print(f"  kNN top-1, {label:<12} {first[key]:.1%}  (trained {margin:+.1f} points)")
+    print(f"  curves                  {plot_curves(folder)}", flush=True)
