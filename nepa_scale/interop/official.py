@@ -1,47 +1,291 @@
 """Weights in the official NEPA layout, both ways: a folder with `config.json` and `model.safetensors` (fp32).
 
 The official code keeps queries, keys and values apart; here they are one projection, so three of its tensors are one
-of ours. Everything else is a renaming.
+of ours. Everything else is a renaming, spelled out once in `official_names` and once in `_RENAMED` for both directions.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nepa_scale.config import ConfigError, ModelConfig, ObjectiveConfig
+from nepa_scale.config import ConfigError, ModelConfig, ObjectiveConfig, config_from_dict
 from nepa_scale.models import Architecture, CausalViT, resolve_architecture
-from nepa_scale.objectives import NextEmbedding
+from nepa_scale.objectives import Classifier, NextEmbedding
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREFIX = "vit_nepa."
-_FIXED = {  # fields of config.json that describe what this code always does
+PRETRAINING, CLASSIFICATION = "ViTNepaForPreTraining", "ViTNepaForImageClassification"
+_MASK_TOKEN = "embeddings.mask_token"  # a place of the official layout that its released weights leave empty
+
+_RENAMED = {  # field of config.json -> field of `ModelConfig` and `Architecture` with the same value
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "patch_size": "patch_size",
+    "rope_theta": "rope_theta",
+    "layerscale_value": "layer_scale",
+    "drop_path_prob": "drop_path",
+    "initializer_range": "init_std",
+}
+_FIXED: dict[str, Any] = {  # fields that describe what this backbone always does
     "num_channels": 3,
     "qkv_bias": True,
-    "qk_norm_bias": False,
     "layer_norm_eps": 1e-12,
+}
+_DEFAULTS: dict[str, Any] = _FIXED | {  # what the official code takes for a field that is absent
+    "hidden_act": "gelu",
+    "use_gated_mlp": False,
+    "qk_norm": False,
+    "qk_norm_affine": False,
+    "qk_norm_bias": False,
+    "layerscale_value": 1e-5,
+    "rope_theta": 100.0,
+    "initializer_range": 0.02,
+    "drop_path_prob": 0.0,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
+    "is_causal": True,
+    "add_pooling_layer": False,
+    "pos_embed_rescale": 2.0,
     "pos_embed_shift": None,
     "pos_embed_jitter": None,
 }
+_SWITCHES = ("use_gated_mlp", "qk_norm", "qk_norm_affine", "qk_norm_bias", "is_causal", "add_pooling_layer")
+_DECIDED_BY = {  # part of a tensor's name -> the fields that say whether there is such a tensor
+    ".q_norm.": ("qk_norm", "qk_norm_affine", "qk_norm_bias"),
+    ".k_norm.": ("qk_norm", "qk_norm_affine", "qk_norm_bias"),
+    ".lambda1": ("layerscale_value",),
+    ".gate_proj.": ("use_gated_mlp", "hidden_act"),
+    ".layer.": ("num_hidden_layers",),
+    "fc_norm.": ("architectures", "add_pooling_layer"),
+    "classifier.": ("architectures",),
+}
 
 
-def _names(architecture: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(our name, official names) of every parameter of the backbone; several official ones are stacked."""
+class OfficialModel(nn.Module):
+    """A task built from an official folder, with that folder's `config.json` kept as it was.
+
+    The output has attributes: `loss`, `predictions` and `embeddings` [B, T, D] of a pretraining model; `logits` [B, C]
+    of a classifier, and `loss` where labels are given. Keywords are those of the task's own `forward`.
+    """
+
+    def __init__(self, task: NextEmbedding | Classifier, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.task = task
+        self.config = config
+
+    def forward(self, images: Tensor, **inputs: Tensor | None) -> SimpleNamespace:
+        """images: normalised, float32 [B, 3, h, w]."""
+        return SimpleNamespace(**self.task(images, **inputs))
+
+
+def load_official(folder: str | Path) -> OfficialModel:
+    """The pretraining model or classifier in an official folder, fp32, on the host, in eval mode.
+
+    Dropout and the shift and jitter of positions, which the official code applies in training only, are not built.
+
+    Raises:
+        ConfigError: a file is missing or unreadable, `config.json` asks for what this backbone does not do, or it and
+            the weights disagree: the field and the tensor are named, and nothing is ever filled in.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_weights(folder)
+    try:
+        task = _build_task(config, tensors)
+        _fill(task, tensors, config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    return OfficialModel(task, config).eval()
+
+
+def save_official(module: OfficialModel | NextEmbedding | Classifier | CausalViT, folder: str | Path) -> None:
+    """Writes `module`, whole and unsharded, as an official folder that its `from_pretrained` and `load_official` read.
+
+    What `load_official` gave is written back bit for bit, with the fields of its `config.json`; a bare backbone is
+    written as a pretraining model. Files of the same name are replaced.
+
+    Raises:
+        ConfigError: the layout has no place for this module, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    task = module.task if isinstance(module, OfficialModel) else module
+    if isinstance(task, CausalViT):
+        task = NextEmbedding(task, ObjectiveConfig())
+    config = official_config(task)
+    if isinstance(module, OfficialModel):
+        config |= module.config
+    config |= {field: "float32" for field in ("dtype", "torch_dtype") if field in config}
+    part = folder / f".{WEIGHTS}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_official_tensors(task), part, metadata={"format": "pt"})
+        os.replace(part, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write the official weights to {folder}: {error}") from error
+
+
+def model_config_from_official(config: dict[str, Any]) -> ModelConfig:
+    """Our configuration of the backbone that an official `config.json` describes.
+
+    Raises:
+        ConfigError: a field is missing, of the wrong type, or asks for something this backbone does not do.
+    """
+    fields = _DEFAULTS | config
+    missing = [name for name in (*_RENAMED, "image_size") if name not in fields]
+    if missing:
+        raise ConfigError(f"{CONFIG} lacks {', '.join(missing)}")
+    for field, expected in _FIXED.items():
+        if fields[field] != expected:
+            raise ConfigError(f"{CONFIG}: {field}={fields[field]!r} is not supported, only {expected!r}")
+    for field in _SWITCHES:
+        if not isinstance(fields[field], bool):
+            raise ConfigError(f"{CONFIG}: {field}={fields[field]!r} is not true or false")
+    gated = fields["use_gated_mlp"]
+    if fields["hidden_act"] != ("silu" if gated else "gelu"):
+        raise ConfigError(
+            f"{CONFIG}: hidden_act={fields['hidden_act']!r} with use_gated_mlp={gated} is not supported: "
+            "an MLP is 'silu' and gated, or 'gelu' and not"
+        )
+    if fields["qk_norm"] and fields["qk_norm_affine"] and fields["qk_norm_bias"]:
+        raise ConfigError(f"{CONFIG}: qk_norm_bias=True is not supported: the norm of queries and keys has no bias")
+    model = {ours: fields[field] for field, ours in _RENAMED.items()} | {
+        "image_size": fields["image_size"],
+        "mlp": "swiglu" if gated else "gelu",
+        "qk_norm": "none" if not fields["qk_norm"] else "affine" if fields["qk_norm_affine"] else "plain",
+        "rope_rescale": 1.0 if fields["pos_embed_rescale"] is None else fields["pos_embed_rescale"],
+    }
+    return config_from_dict({"model": model}, CONFIG).model
+
+
+def official_config(task: NextEmbedding | Classifier) -> dict[str, Any]:
+    """The `config.json` that describes `task`, every field written out.
+
+    Raises:
+        ConfigError: the backbone is one that the official code cannot build.
+    """
+    architecture = task.backbone.architecture
+    height, width = architecture.image_size
+    if not architecture.rope:
+        raise ConfigError("official weights always have rotary position, but this model has model.rope=false")
+    if height != width:
+        raise ConfigError(f"official models take square images, but this one has model.image_size=[{height}, {width}]")
+    fields = _DEFAULTS | {field: getattr(architecture, ours) for field, ours in _RENAMED.items()}
+    fields |= {
+        "model_type": "vit_nepa",
+        "dtype": "float32",
+        "image_size": height,
+        "hidden_act": "silu" if architecture.gated else "gelu",
+        "use_gated_mlp": architecture.gated,
+        "qk_norm": architecture.qk_norm != "none",
+        "qk_norm_affine": architecture.qk_norm == "affine",
+        "pos_embed_rescale": None if architecture.rope_rescale == 1.0 else architecture.rope_rescale,
+    }
+    if isinstance(task, NextEmbedding):
+        # no pooling is ever done in pretraining, but this is what the released folders say
+        return fields | {"architectures": [PRETRAINING], "is_causal": task.objective.causal, "add_pooling_layer": True}
+    labels = [f"LABEL_{index}" for index in range(task.head.out_features)]
+    return fields | {
+        "architectures": [CLASSIFICATION],
+        "is_causal": task.causal,
+        "add_pooling_layer": task.fc_norm is not None,
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; an official folder holds {CONFIG} and {WEIGHTS}"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} must hold an object, but it holds a {type(config).__name__}")
+    if config.get("model_type", "vit_nepa") != "vit_nepa":
+        raise ConfigError(f"{path} describes a {config['model_type']}, not a vit_nepa")
+    return config
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; weights in other formats are not read")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file: {' '.join(str(error).split())}") from error
+
+
+def _build_task(config: dict[str, Any], tensors: dict[str, Tensor]) -> NextEmbedding | Classifier:
+    """The task that `config` describes, its parameters not yet filled."""
+    fields = _DEFAULTS | config
+    mask_token = PREFIX + _MASK_TOKEN in tensors
+    backbone = CausalViT(resolve_architecture(model_config_from_official(config), mask_token))
+    if not _classifies(config, tensors):
+        return NextEmbedding(backbone, ObjectiveConfig(causal=fields["is_causal"]))
+    classes = _class_count(config, tensors)
+    pooling = "mean" if fields["add_pooling_layer"] else "last"
+    return Classifier(backbone, classes, pooling=pooling, causal=fields["is_causal"])
+
+
+def _classifies(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """By `architectures`; where that is absent, by the weights."""
+    names = config.get("architectures") or [CLASSIFICATION if "classifier.weight" in tensors else PRETRAINING]
+    if names not in ([PRETRAINING], [CLASSIFICATION]):
+        raise ConfigError(f"{CONFIG}: architectures={names} is not supported, only {PRETRAINING} or {CLASSIFICATION}")
+    return bool(names == [CLASSIFICATION])
+
+
+def _class_count(config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    if "classifier.weight" not in tensors:
+        raise ConfigError(f"the weights lack classifier.weight, but {CONFIG} says {_reason('classifier.', config)}")
+    rows = tensors["classifier.weight"].shape[0]
+    labels = config.get("id2label")
+    named = len(labels) if isinstance(labels, dict) else config.get("num_labels", rows)
+    if named != rows:
+        raise ConfigError(f"classifier.weight has {rows} classes, but {CONFIG} names {named}")
+    return rows
+
+
+def official_names(task: NextEmbedding | Classifier) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(our name, official names) of every parameter; several official ones are stacked."""
+    for ours, official in _backbone_names(task.backbone.architecture):
+        yield f"backbone.{ours}", tuple(PREFIX + name for name in official)
+    if isinstance(task, Classifier):
+        for kind in ("weight", "bias"):
+            yield f"head.{kind}", (f"classifier.{kind}",)
+            if task.fc_norm is not None:
+                yield f"fc_norm.{kind}", (f"fc_norm.{kind}",)
+
+
+def _backbone_names(architecture: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "embedding.cls_token", ("embeddings.cls_token",)
+    if architecture.mask_token:
+        yield "mask_token.weight", (_MASK_TOKEN,)
     for kind in ("weight", "bias"):
         yield f"embedding.{kind}", (f"embeddings.patch_embeddings.projection.{kind}",)
         yield f"norm.{kind}", (f"layernorm.{kind}",)
     for n in range(architecture.depth):
         ours, official = f"blocks.{n}.", f"encoder.layer.{n}."
+        inner = f"{official}attention.attention."
         for kind in ("weight", "bias"):
-            inner = f"{official}attention.attention."
             yield f"{ours}attention.qkv.{kind}", tuple(f"{inner}{part}.{kind}" for part in ("query", "key", "value"))
             yield f"{ours}attention.out.{kind}", (f"{official}attention.output.dense.{kind}",)
             yield f"{ours}attention_norm.{kind}", (f"{official}layernorm_before.{kind}",)
@@ -51,71 +295,48 @@ def _names(architecture: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
             if architecture.gated:
                 yield f"{ours}mlp.gate.{kind}", (f"{official}intermediate.gate_proj.{kind}",)
         if architecture.qk_norm == "affine":
-            yield f"{ours}attention.query_norm.weight", (f"{official}attention.attention.q_norm.weight",)
-            yield f"{ours}attention.key_norm.weight", (f"{official}attention.attention.k_norm.weight",)
+            yield f"{ours}attention.query_norm.weight", (f"{inner}q_norm.weight",)
+            yield f"{ours}attention.key_norm.weight", (f"{inner}k_norm.weight",)
         if architecture.layer_scale is not None:
             yield f"{ours}attention_scale", (f"{official}layer_scale.lambda1",)
             yield f"{ours}mlp_scale", (f"{official}output.layer_scale.lambda1",)
 
 
-def model_config_from_official(official: dict[str, Any]) -> ModelConfig:
-    """Our configuration of the backbone that an official `config.json` describes.
-
-    Raises:
-        ConfigError: a field asks for something this backbone does not do.
-    """
-    for field, expected in _FIXED.items():
-        if field in official and official[field] != expected:
-            raise ConfigError(f"config.json: {field}={official[field]!r} is not supported, only {expected!r}")
-    gated = bool(official.get("use_gated_mlp", False))
-    activation = official.get("hidden_act", "gelu")
-    if activation != ("silu" if gated else "gelu"):
-        raise ConfigError(f"config.json: hidden_act={activation!r} with use_gated_mlp={gated} is not supported")
-    qk_norm = "none"
-    if official.get("qk_norm", False):
-        qk_norm = "affine" if official.get("qk_norm_affine", True) else "plain"
-    try:
-        return ModelConfig(
-            width=official["hidden_size"],
-            depth=official["num_hidden_layers"],
-            heads=official["num_attention_heads"],
-            mlp_width=official["intermediate_size"],
-            patch_size=official["patch_size"],
-            image_size=official["image_size"],
-            mlp="swiglu" if gated else "gelu",
-            rope_theta=official.get("rope_theta", 100.0),
-            rope_rescale=official.get("pos_embed_rescale") or 1.0,
-            qk_norm=qk_norm,
-            layer_scale=official.get("layerscale_value"),
-            drop_path=official.get("drop_path_prob", 0.0),
-            init_std=official.get("initializer_range", 0.02),
-        )
-    except KeyError as error:
-        raise ConfigError(f"config.json lacks the field {error}") from error
+@torch.no_grad()
+def _fill(task: NextEmbedding | Classifier, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Copies every tensor to its parameter; each of both is used exactly once, or a ConfigError names it."""
+    parameters = dict(task.named_parameters())
+    places = dict(official_names(task))
+    wanted = [name for names in places.values() for name in names]
+    missing, left_over = set(wanted) - tensors.keys(), tensors.keys() - set(wanted)
+    if missing:
+        name = min(missing)
+        raise ConfigError(f"the weights lack {name}, but {CONFIG} says {_reason(name, config)}")
+    if left_over:
+        name = min(left_over)
+        raise ConfigError(f"the weights hold {name}, but {CONFIG} says {_reason(name, config)}")
+    for ours, names in places.items():
+        parameter = parameters.pop(ours)
+        parts = parameter.chunk(len(names))
+        for name, part in zip(names, parts, strict=True):
+            if tensors[name].shape != part.shape:
+                raise ConfigError(f"{name} is {list(tensors[name].shape)}, but {CONFIG} asks for {list(part.shape)}")
+            part.copy_(tensors[name])
+    assert not parameters, f"parameters without an official name: {list(parameters)}"
 
 
-def backbone_from_official(architecture: Architecture, tensors: dict[str, Tensor], prefix: str = PREFIX) -> CausalViT:
-    """The backbone with the official tensors in place.
+def _official_tensors(task: NextEmbedding | Classifier) -> dict[str, Tensor]:
+    """Float32, on the host."""
+    parameters = dict(task.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for ours, names in official_names(task):
+        parts = parameters[ours].detach().to("cpu", torch.float32).chunk(len(names))
+        tensors |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+    return tensors
 
-    Raises:
-        ConfigError: a tensor is missing, left over or of another shape; it is named, and never filled in.
-    """
-    backbone = CausalViT(architecture)
-    remaining = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
-    parameters = dict(backbone.named_parameters())
-    with torch.no_grad():
-        for ours, officials in _names(architecture):
-            missing = [name for name in officials if name not in remaining]
-            if missing:
-                raise ConfigError(f"the weights lack {prefix}{missing[0]}, which config.json calls for")
-            value = torch.cat([tensors[prefix + name] for name in officials])
-            if value.shape != parameters[ours].shape:
-                raise ConfigError(
-                    f"{prefix}{officials[0]} gives {tuple(value.shape)}, config.json calls for "
-                    f"{tuple(parameters[ours].shape)}"
-                )
-            parameters[ours].copy_(value)
-            remaining -= set(officials)
-    if remaining:
-        raise ConfigError(f"the weights hold {prefix}{min(remaining)}, for which config.json has no place")
-    return backbone
+
+def _reason(name: str, config: dict[str, Any]) -> str:
+    """The fields that decide whether there is a tensor `name`, with their values."""
+    fields = next((fields for part, fields in _DECIDED_BY.items() if part in name), ("architectures",))
+    values = _DEFAULTS | config
+    return ", ".join(f"{field}={values.get(field)!r}" for field in fields)

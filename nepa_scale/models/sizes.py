@@ -119,12 +119,14 @@ def _check(architecture: Architecture) -> None:
     if architecture.rope and architecture.head_dim % 4:
         raise ConfigError(
             f"rotary position needs a head width that 4 divides; width {architecture.width} over "
-            f"{architecture.heads} heads is {architecture.head_dim}: change model.width or model.heads, or set model.rope=false"
+            f"{architecture.heads} heads is {architecture.head_dim}: change model.width or model.heads, or set "
+            "model.rope=false"
         )
     for side in architecture.image_size:
         patch = architecture.patch_size
         if side < patch or side % patch:
             lower, upper = max(side // patch, 1) * patch, (side // patch + 1) * patch
             raise ConfigError(
-                f"model.image_size={side} is not a multiple of model.patch_size={patch}; nearest that are: {lower}, {upper}"
+                f"model.image_size={side} is not a multiple of model.patch_size={patch}; "
+                f"nearest that are: {lower}, {upper}"
             )

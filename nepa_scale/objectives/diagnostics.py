@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SPECTRUM_ROWS = 512  # of the targets, evenly spaced: bounds the cost of the effective rank whatever the batch
+from nepa_scale.counter_random import uniform
+
+SPECTRUM_ROWS = 512  # of the targets, drawn at random: bounds the cost of the effective rank whatever the batch
 
 
 @torch.no_grad()
@@ -41,9 +43,17 @@ def collapse_diagnostics(embeddings: Tensor, predictions: Tensor) -> dict[str, T
         "copy_cosine": copy.mean(),
         "copy_win": nearer_to_current.float().mean(),
         "embedding_std": flat.std(0, unbiased=False).mean(),
-        "effective_rank": effective_rank(flat[:: max(count // SPECTRUM_ROWS, 1)][:SPECTRUM_ROWS]),
+        "effective_rank": effective_rank(flat[_spectrum_rows(count, flat.device)]),
         "target_cosine": (count * mean.square().sum() - 1.0) / (count - 1),
     }
+
+
+def _spectrum_rows(count: int, device: torch.device) -> Tensor:
+    """Which of `count` targets the effective rank is taken of: always the same ones.
+
+    Not every k-th: a k that the grid's width divides would take the patches of one column only.
+    """
+    return uniform(torch.arange(count, device=device), "spectrum").squeeze(1).argsort()[:SPECTRUM_ROWS]
 
 
 def effective_rank(rows: Tensor) -> Tensor:

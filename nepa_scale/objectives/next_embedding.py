@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nepa_scale.config import ObjectiveConfig
+from nepa_scale.config import ConfigError, ObjectiveConfig
 from nepa_scale.counter_random import hash_uniform, uniform
 from nepa_scale.models import CausalViT
 
@@ -39,7 +39,7 @@ def random_mask(sample_keys: Tensor, patches: int, ratio: float) -> Tensor:
     """Masks exactly round(ratio * patches) patches of each image: bool [B, patches], a pure function of the keys."""
     scores = uniform(sample_keys, "mask", count=patches)
     masked = round(ratio * patches)
-    ranks = scores.argsort(dim=1).argsort(dim=1)
+    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1)  # stable: equal scores have one order on every device
     return ranks < masked
 
 
@@ -49,10 +49,19 @@ def draw_rope_scale(rescale: float, *words: int | str) -> float:
 
 
 class NextEmbedding(nn.Module):
-    """A backbone and its pretraining objective: the module that the strategies shard and step."""
+    """A backbone and its pretraining objective: the module that the strategies shard and step.
+
+    Raises:
+        ConfigError: the objective masks, but the backbone has no mask token.
+    """
 
     def __init__(self, backbone: CausalViT, objective: ObjectiveConfig) -> None:
         super().__init__()
+        if objective.mask_ratio > 0 and backbone.mask_token is None:
+            raise ConfigError(
+                f"objective.mask_ratio={objective.mask_ratio} needs a backbone with a mask token: "
+                "build it with resolve_architecture(..., mask_token=True)"
+            )
         self.backbone = backbone
         self.objective = objective
 
