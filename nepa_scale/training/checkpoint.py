@@ -1,0 +1,369 @@
+"""Checkpoints of a run: written in the background by all ranks, complete or invisible, readable by any other layout.
+
+The files are described in `checkpoint_format`. A save goes through these steps, and may die between any two of them:
+
+1. every rank copies its state to host memory; training goes on from here
+2. every rank writes its part into `.tmp_step_N/` and waits until it is on the disk
+3. all ranks tell each other how that went
+4. rank 0 adds `meta.json` and `index.json`, renames the folder to `step_N/`, points `latest` at it, and removes
+   checkpoints that are no longer to be kept (each hidden by a rename first)
+
+The rename is the moment at which the checkpoint comes to exist. What a dead save left behind is hidden by its name, and
+removed by the next job of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nepa_scale.config import ConfigError
+from nepa_scale.sharding.shard import Shard
+from nepa_scale.training.checkpoint_format import (
+    INDEX,
+    META,
+    build_index,
+    everywhere,
+    find_damage,
+    first,
+    load_shards,
+    read_meta,
+    sync_folder,
+    write_index,
+    write_meta,
+)
+from nepa_scale.training.fault_injection import fault_point
+from nepa_scale.training.part_files import PartImage
+
+__all__ = ["CheckpointFailure", "Checkpointer", "find_checkpoint", "load_shards", "read_meta"]
+
+_STEP = re.compile(r"step_(\d{8,})")
+_HIDDEN, _REPLACED = ".tmp_", ".old_"
+# the background group's: generous, since a rank may write for minutes before it has something to say
+_PATIENCE = timedelta(minutes=30)
+
+
+class CheckpointFailure(RuntimeError):
+    """A checkpoint could not be written, and the run was asked to stop in that case."""
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run; all ranks make one, and make its collective calls in the same order.
+
+    run: the run folder, on a file system that all ranks share
+    keep: newest checkpoints kept; `keep_every`: those of its multiples are kept as well (0: none), as is the best
+    stop_on_failure: whether a save that fails stops the run; otherwise it is a warning
+    Raises:
+        ConfigError: some rank cannot write the folder.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        rank: int,
+        world_size: int,
+        stop_on_failure: bool = False,
+    ) -> None:
+        self.folder = run / "checkpoints"
+        self.keep, self.keep_every = keep, keep_every
+        self.rank, self.world_size = rank, world_size
+        self.stop_on_failure = stop_on_failure
+        self._image: PartImage | None = None
+        self._pending: list[Future[None]] = []
+        self._failure: str | None = None
+        # a group of its own: collectives of one group must come in the same order everywhere, and the loop has its own
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
+        problems = self._exchange(_attempt(self._prepare))
+        if (problem := first(problems)) is not None:
+            raise ConfigError(f"cannot write checkpoints to {self.folder}: {problem}; choose another folder (output=)")
+        # one thread: its jobs run in order, so that what they touch needs no lock
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        probe = self.folder / f"{_HIDDEN}probe_{self.rank}"
+        probe.write_bytes(b"writable?")
+        probe.unlink()
+        if self.rank == 0:
+            _clean_up(self.folder)
+
+    def save(self, step: int, shards: list[Shard], *, replicated: bool, meta: dict[str, Any]) -> None:
+        """Starts the checkpoint of `step`; returns when the state has been copied. Collective.
+
+        Waits for the save before it, if that is still being written.
+
+        replicated: every rank holds everything, and writes an equal share of it
+        meta: fit for JSON; `read_meta` returns it
+        Raises:
+            CheckpointFailure: the save before this one failed, and `stop_on_failure`.
+        """
+        self.wait()
+        fault_point("save-begun")
+        share = (self.rank, self.world_size) if replicated else (0, 1)
+        if self._image is None or not self._image.fits(shards, share):
+            self._image = None  # frees the old one first
+            self._image = PartImage(shards, share)
+        self._image.copy_from(shards)
+        fault_point("save-copied")
+        shapes = {shard.name: tuple(shard.shape) for shard in shards}
+        meta = meta | {
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {name: version(name) for name in ("nepa_scale", "torch")},
+        }
+        self._pending.append(self._thread.submit(self._save, step, self._image, shapes, meta))
+
+    def wait(self) -> None:
+        """Returns when everything asked for is on the disk, or has failed with a warning.
+
+        Raises:
+            CheckpointFailure: a save failed, and `stop_on_failure`. All ranks raise it alike.
+        """
+        pending, self._pending = self._pending, []
+        for job in pending:
+            job.result()
+        failure, self._failure = self._failure, None
+        if failure is not None and self.stop_on_failure:
+            raise CheckpointFailure(failure)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; one still being written is not."""
+        found = _complete(self.folder)
+        return found[-1] if found else None
+
+    def best(self) -> dict[str, Any] | None:
+        """{"step", "metric", "value"} of the best checkpoint so far, also that of the job before; None without one."""
+        return _read_best(self.folder)
+
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        """Keeps the checkpoint of `step`, saved or being saved, until another is marked, and points `best` at it."""
+        if self.rank == 0:
+            self._pending.append(self._thread.submit(self._mark_best, step, metric, value))
+
+    def close(self) -> None:
+        """Finishes what is pending; raises nothing that `wait` would."""
+        self._thread.shutdown(wait=True)
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group, self._image = None, None
+
+    # in the background from here on
+
+    def _save(self, step: int, image: PartImage, shapes: dict[str, tuple[int, ...]], meta: dict[str, Any]) -> None:
+        name = f"step_{step:08d}"
+        try:
+            problem = self._write(name, image, shapes, meta)
+        except RuntimeError as error:  # the others are gone, and with them the checkpoint
+            problem = f"rank {self.rank} lost the other ranks ({' '.join(str(error).split())[:200]})"
+        if problem is not None:
+            previous = self.latest()
+            self._failure = (
+                f"checkpoint {name} was not written: {problem}. "
+                f"The newest complete one is {previous if previous else 'none'}"
+            )
+            if self.rank == 0 and not self.stop_on_failure:
+                _warn(self._failure)
+
+    def _write(self, name: str, image: PartImage, shapes: Any, meta: dict[str, Any]) -> str | None:
+        """Steps 2 to 4 of the module's docstring; the reason of a failure, the same on all ranks, or None."""
+        temporary = self.folder / f"{_HIDDEN}{name}"
+
+        def make_folder() -> None:
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)  # of a save that failed
+                temporary.mkdir()
+
+        def write_part() -> None:
+            written.append(image.write(temporary / f"part_{self.rank:05d}.safetensors"))
+
+        def publish() -> None:
+            if self.rank == 0:
+                parts, pieces, held = ([item[i] for item in described] for i in range(3))
+                index = build_index(parts, pieces, {k: v for shapes in held for k, v in shapes.items()})
+                fault_point("commit-agreed")
+                write_meta(temporary, meta)
+                fault_point("commit-meta")
+                write_index(temporary, index)
+                fault_point("commit-index")
+                self._publish(temporary, name)
+
+        written: list[Any] = []
+        problem = first(self._exchange(_attempt(make_folder)))
+        if problem is None:
+            problem = first(self._exchange(_attempt(write_part)))
+        if problem is None:
+            described = self._exchange((written[0], image.pieces, shapes))
+            problem = first(self._exchange(_attempt(publish)))
+        if problem is not None and self.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return str(problem) if problem is not None else None
+
+    def _publish(self, temporary: Path, name: str) -> None:
+        sync_folder(temporary)
+        fault_point("commit-synced")
+        final = self.folder / name
+        replaced = self.folder / f"{_REPLACED}{name}"
+        if final.exists():
+            final.rename(replaced)
+            fault_point("commit-replacing")
+        temporary.rename(final)
+        sync_folder(self.folder)
+        fault_point("commit-renamed")
+        _point("latest", final)
+        sync_folder(self.folder)
+        fault_point("commit-latest")
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._retire(final)
+
+    def _retire(self, newest: Path) -> None:
+        complete = _complete(self.folder)
+        later = [path for path in complete if _step(path) > _step(newest)]
+        if later:
+            _warn(
+                f"removing {', '.join(p.name for p in later)}: the run went back before them and is past {newest.name}"
+            )
+        best = _read_best(self.folder)
+        if best is not None and best["step"] > _step(newest):
+            _unlink(self.folder / "best", self.folder / "best.json")
+            best = None
+        earlier = [path for path in complete if path not in later]
+        for path in [*earlier[: -self.keep], *later]:
+            milestone = self.keep_every > 0 and _step(path) % self.keep_every == 0
+            is_best = best is not None and best["step"] == _step(path)
+            if path in later or not (milestone or is_best):
+                hidden = path.rename(self.folder / f"{_HIDDEN}{path.name}")
+                fault_point("retention-hidden")
+                shutil.rmtree(hidden, ignore_errors=True)
+        fault_point("retention-done")
+
+    def _mark_best(self, step: int, metric: str, value: float) -> None:
+        path = self.folder / f"step_{step:08d}"
+        if not path.is_dir():
+            _warn(f"{metric}={value:g} is the best so far, but there is no checkpoint {path.name} to keep")
+            return
+        temporary = self.folder / f"{_HIDDEN}best.json"
+        temporary.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+        temporary.replace(self.folder / "best.json")
+        _point("best", path)
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """Every rank's `value`, over the group of the background."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def find_checkpoint(run: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None to start afresh. Collective where torch.distributed is initialised.
+
+    resume: "none"; "auto", the newest in the run folder that is not damaged (those that are, are named in a warning);
+        or the path of a checkpoint, or of a run folder, whose newest it then is
+    Raises:
+        ConfigError: the path holds no checkpoint, or all that there are are damaged.
+    """
+    if resume == "none":
+        return None
+    place = run if resume == "auto" else Path(resume)
+    candidates, problem = everywhere(_candidates(place, resume))[0]
+    if problem is not None:
+        raise ConfigError(problem)
+    damages = []
+    for path in reversed(candidates):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        damages.append(damage)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            _warn(f"skipping the checkpoint {path}: {damage}")
+    if damages:
+        raise ConfigError(f"no usable checkpoint in {place}: {damages[0]}; remove it to start afresh")
+    return None
+
+
+def _candidates(place: Path, resume: str) -> tuple[list[Path], str | None]:
+    """The checkpoints at `place`, oldest first, or what is wrong with it."""
+    if (place / INDEX).is_file() or (place / META).is_file():
+        return [place.resolve()], None
+    found = _complete(place / "checkpoints") or _complete(place)
+    if not found and resume != "auto":
+        return [], (
+            f"train.resume={resume} holds no checkpoint: give a step_N folder, a run folder with checkpoints, or auto"
+        )
+    return found, None
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` by step: what bears the final name is complete."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _clean_up(folder: Path) -> None:
+    """Removes what saves that died have left; a checkpoint that was being replaced comes back."""
+    for path in folder.glob(f"{_REPLACED}step_*"):
+        final = folder / path.name.removeprefix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
+    for path in folder.glob(f"{_HIDDEN}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif not path.name.startswith(f"{_HIDDEN}probe_"):
+            _unlink(path)
+
+
+def _read_best(folder: Path) -> dict[str, Any] | None:
+    try:
+        best: dict[str, Any] = json.loads((folder / "best.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return best
+
+
+def _point(name: str, target: Path) -> None:
+    """Makes the link `name` beside `target` point at it, in one go."""
+    temporary = target.parent / f"{_HIDDEN}{name}"
+    _unlink(temporary)
+    temporary.symlink_to(target.name)
+    temporary.replace(target.parent / name)
+
+
+def _unlink(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    """Runs `action`; the reason for which it failed, or None."""
+    try:
+        action()
+    except OSError as error:
+        return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

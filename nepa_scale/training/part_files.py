@@ -1,0 +1,202 @@
+"""Part files of a checkpoint: safetensors of flat float32 ranges, with a checksum for each block of bytes.
+
+Checksums are XXH3 (64 bits): they find damage, not malice, and cost a tenth of what copying memory costs. They are kept
+per block so that a reader verifies all that it reads and still reads no more than the blocks it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from nepa_scale.sharding.shard import Shard
+from nepa_scale.training.fault_injection import fault_point
+
+BLOCK_BYTES = 4 << 20
+FLOAT_BYTES = 4
+_ALIGNMENT = 64  # of the first byte after the header
+
+
+class Corrupt(Exception):
+    """A file of a checkpoint is not what was written; the message names it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a flattened parameter, and the byte of the part file at which they begin."""
+
+    kind: str
+    name: str
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part file, as its writer describes it."""
+
+    file: str
+    bytes: int
+    checksums: list[str]  # of each block
+
+
+def checksum(data: Any) -> str:
+    """Of anything that has a buffer."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+class PartImage:
+    """One rank's part file, held in host memory byte for byte as it will be on disk.
+
+    That makes it the buffer that a save copies to, reused by every save, and all that a save costs in memory.
+
+    shards: what the rank holds
+    share: (i, n) takes the i-th of n equal shares of every range: for state that all of n ranks hold
+    """
+
+    def __init__(self, shards: list[Shard], share: tuple[int, int] = (0, 1)) -> None:
+        self._share = share
+        self._layout = _layout(shards, share)
+        header = _header(self._layout)
+        floats = sum(stop - start for _, _, start, stop in self._layout)
+        self.pieces: list[Piece] = []
+        offset = len(header)
+        for kind, name, start, stop in self._layout:
+            self.pieces.append(Piece(kind, name, start, stop, offset))
+            offset += (stop - start) * FLOAT_BYTES
+        on_device = any(tensor.is_cuda for shard in shards for tensor in shard.tensors.values())
+        self._buffer = torch.empty(len(header) + floats * FLOAT_BYTES, dtype=torch.uint8, pin_memory=on_device)
+        self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+
+    def fits(self, shards: list[Shard], share: tuple[int, int]) -> bool:
+        """Whether this image was laid out for such shards."""
+        return self._layout == _layout(shards, share)
+
+    @torch.no_grad()
+    def copy_from(self, shards: list[Shard]) -> None:
+        """Takes the present values; they are all here when it returns."""
+        on_device = False
+        for piece, (kind, shard) in zip(self.pieces, _held(shards), strict=True):
+            source = shard.tensors[kind][piece.start - shard.start : piece.stop - shard.start]
+            target = self._buffer[piece.offset : piece.offset + source.numel() * FLOAT_BYTES].view(torch.float32)
+            target.copy_(source, non_blocking=True)
+            on_device = on_device or source.is_cuda
+        if on_device:
+            torch.cuda.synchronize()
+
+    def write(self, path: Path) -> Part:
+        """Writes the file; it is on the disk when this returns. Raises OSError."""
+        data = self._buffer.numpy().data
+        checksums = []
+        with path.open("wb", buffering=0) as file:
+            fault_point("part-created")
+            for start in range(0, len(data), BLOCK_BYTES):
+                block = data[start : start + BLOCK_BYTES]
+                checksums.append(checksum(block))
+                while block:  # a write may stop short, at a limit or a full disk: the next one says why
+                    block = block[os.write(file.fileno(), block) :]
+                if start <= len(data) // 2 < start + BLOCK_BYTES:
+                    fault_point("part-half")
+            fault_point("part-written")
+            os.fsync(file.fileno())
+        fault_point("part-synced")
+        return Part(path.name, len(data), checksums)
+
+
+def _held(shards: list[Shard]) -> Iterator[tuple[str, Shard]]:
+    """(kind, shard) in the order of the file. All of one kind together: most readers of one want that kind alone."""
+    for kind in dict.fromkeys(kind for shard in shards for kind in shard.tensors):
+        for shard in shards:
+            if kind in shard.tensors:
+                yield kind, shard
+
+
+def _layout(shards: list[Shard], share: tuple[int, int]) -> list[tuple[str, str, int, int]]:
+    """(kind, name, start, stop) of what a part holds, in its order."""
+    index, count = share
+    layout = []
+    for kind, shard in _held(shards):
+        length = shard.stop - shard.start
+        start, stop = shard.start + length * index // count, shard.start + length * (index + 1) // count
+        layout.append((kind, shard.name, start, stop))
+    return layout
+
+
+def _header(layout: list[tuple[str, str, int, int]]) -> bytes:
+    """What begins a safetensors file that holds these ranges, one after the other."""
+    entries: dict[str, Any] = {}
+    begin = 0
+    for kind, name, start, stop in layout:
+        end = begin + (stop - start) * FLOAT_BYTES
+        if stop > start:
+            entries[f"{kind}/{name}/{start}"] = {"dtype": "F32", "shape": [stop - start], "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+class PartReader:
+    """Reads ranges of a part file, verifying each block that it touches.
+
+    Fastest where ranges are asked for in the order of the file: the last block is kept.
+    """
+
+    def __init__(self, folder: Path, part: Part) -> None:
+        self._part = part
+        self._path = folder / part.file
+        try:
+            self._file = self._path.open("rb", buffering=0)
+        except OSError as error:
+            raise Corrupt(f"{self._path} cannot be read: {error.strerror}") from error
+        size = os.fstat(self._file.fileno()).st_size
+        if size != part.bytes:
+            self._file.close()
+            raise Corrupt(f"{self._path} has {size} bytes, not {part.bytes}")
+        self._buffer = torch.empty(min(BLOCK_BYTES, part.bytes), dtype=torch.uint8)
+        self._view = self._buffer.numpy().data
+        self._held = -1
+
+    def __enter__(self) -> PartReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @torch.no_grad()
+    def read_into(self, target: Tensor, offset: int) -> None:
+        """Fills `target`, float32 [n] on any device, with the floats from byte `offset` on. Raises Corrupt."""
+        done, size = 0, target.numel() * FLOAT_BYTES
+        while done < size:
+            block, begin = divmod(offset + done, BLOCK_BYTES)
+            length = min(BLOCK_BYTES - begin, size - done)
+            self.verify(block)
+            source = self._buffer[begin : begin + length].view(torch.float32)
+            target[done // FLOAT_BYTES : (done + length) // FLOAT_BYTES].copy_(source)
+            done += length
+
+    def verify(self, block: int) -> None:
+        """Reads the block and compares its checksum. Raises Corrupt."""
+        if block == self._held:
+            return
+        self._held = -1
+        begin = block * BLOCK_BYTES
+        view = self._view[: min(BLOCK_BYTES, self._part.bytes - begin)]
+        read = 0
+        try:
+            while read < len(view) and (got := os.preadv(self._file.fileno(), [view[read:]], begin + read)):
+                read += got
+        except OSError as error:
+            raise Corrupt(f"{self._path} cannot be read at byte {begin + read}: {error.strerror}") from error
+        if read < len(view) or checksum(view) != self._part.checksums[block]:
+            raise Corrupt(f"{self._path} is damaged between bytes {begin} and {begin + len(view)} (checksum)")
+        self._held = block
