@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from nepa_scale.data.shard_set import BadSample
 
 MEAN, STD = 0.5, 0.5  # the released processor's, for all three channels
 
@@ -14,32 +18,34 @@ MEAN, STD = 0.5, 0.5  # the released processor's, for all three channels
 class Batch:
     """One micro-batch of one rank, on the host until `to_device`.
 
-    images: uint8 [B, 3, H, W], cropped and resized, not yet flipped
+    images: uint8 [B, 3, H, W] (channels last in memory), cropped and resized, not yet flipped
     flip: bool [B], which images are to be mirrored
     labels: int64 [B], -1 where the sample has none
     sample_keys: int64 [B], the hash of (seed, epoch, sample) from which masks and drop paths are drawn
+    samples: int64 [B], the samples' numbers in their shard set; -1: padding of an evaluation's last batch
     keys: the samples' names in their shards
+    bad: samples that could not be used and were replaced
     """
 
     images: Tensor
     flip: Tensor
     labels: Tensor
     sample_keys: Tensor
+    samples: Tensor
     keys: list[str]
+    bad: list[BadSample] = field(default_factory=list)
 
     def to_device(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; copies from pinned memory do not wait."""
-        images, flip, labels, sample_keys = (
-            tensor.to(device, non_blocking=True) for tensor in (self.images, self.flip, self.labels, self.sample_keys)
-        )
-        return Batch(images, flip, labels, sample_keys, self.keys)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by torch's DataLoader)."""
-        images, flip, labels, sample_keys = (
-            tensor.pin_memory() for tensor in (self.images, self.flip, self.labels, self.sample_keys)
-        )
-        return Batch(images, flip, labels, sample_keys, self.keys)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def normalize(images: Tensor, flip: Tensor) -> Tensor:

@@ -35,17 +35,26 @@ def pixel_features(batch: Batch) -> Tensor:
 def collect_features(
     batches: Iterable[Batch], features: Callable[[Batch], Tensor], world: World
 ) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and labels [N] of all ranks' batches, on the host of every rank. Collective.
+    """Features float32 [N, D] and labels [N] of all ranks' samples, in the order of the set, on every host. Collective.
 
-    Every rank must bring the same number of batches (a sharded module gathers weights in each); they may be empty.
+    Every rank must bring equally many batches of one size (a sharded module gathers its weights in each), as
+    `EvaluationStream` does; what it marks as padding is left out.
     """
-    found, labels = [], []
+    found, labels, samples = [], [], []
     for batch in batches:
-        found.append(features(batch.to_device(world.device)).cpu())
-        labels.append(batch.labels.cpu())
-    parts: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * world.size
-    dist.all_gather_object(parts, (torch.cat(found), torch.cat(labels)))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        found.append(features(batch.to_device(world.device)).float().cpu())
+        labels.append(batch.labels)
+        samples.append(batch.samples)
+    order, position = _gather(torch.cat(samples), world).sort(stable=True)
+    position = position[order >= 0]
+    return _gather(torch.cat(found), world)[position], _gather(torch.cat(labels), world)[position]
+
+
+def _gather(part: Tensor, world: World) -> Tensor:
+    """The ranks' parts [n, ...] after one another, [ranks * n, ...]."""
+    parts = [torch.empty_like(part) for _ in range(world.size)]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
 
 
 class KnnEvaluation:

@@ -1,0 +1,143 @@
+"""The program itself: real shards, real processes, every launcher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch import TINY, metrics, run_training, write_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "train")
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, uninterrupted."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    done = run_training([*TINY, f"data.train={shards}", f"output={run}", "train.log_samples=true"])
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_a_run_leaves_what_it_promises(reference: Path) -> None:
+    rows = metrics(reference)
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows[-1]["samples_seen"] == 48
+    assert rows[-1]["tokens_seen"] == 48 * 17
+    assert rows[-1]["epoch"] == pytest.approx(6 / 5)
+    for key in ("grad_norm", "lr", "embedding_std", "effective_rank", "target_cosine", "copy_win", "data_seconds"):
+        assert key in rows[-1]
+    assert (reference / "checkpoints" / "step_00000006").is_dir()
+    assert (reference / "figures" / "curves.png").stat().st_size > 10_000
+    steps = [json.loads(line) for line in (reference / "samples" / "rank_0.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == list(range(1, 7))
+    epoch = [key for row in steps[:5] for key in row["keys"]]
+    assert len(set(epoch)) == len(epoch) == 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("torchrun", ["strategy=ddp"]),
+        ("torchrun", ["strategy=fsdp", "train.micro_batch_size=2"]),
+        ("deepspeed", ["--ds_config", "ds_configs/zero1.json"]),
+        ("deepspeed", ["--ds_config", "ds_configs/zero2.json"]),
+        ("deepspeed", ["--ds_config", "ds_configs/zero3.json"]),
+        ("deepspeed", ["--ds_config", "ds_configs/zero3_offload.json"]),
+    ],
+    ids=["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"],
+)
+def test_every_launcher_prints_the_same_losses(
+    kind: str, arguments: list[str], shards: Path, reference: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = run_training([*arguments, *TINY, f"data.train={shards}", f"output={run}"], kind, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mine, expected in zip(metrics(run), metrics(reference), strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "arguments"),
+    [("python", 1, []), ("torchrun", 2, ["strategy=fsdp"]), ("deepspeed", 2, ["strategy=zero3"])],
+    ids=["single", "fsdp", "zero3"],
+)
+def test_resuming_continues_bit_for_bit(
+    kind: str, ranks: int, arguments: list[str], shards: Path, tmp_path: Path
+) -> None:
+    common = [*arguments, *TINY, f"data.train={shards}", "checkpoint.every=3", "schedule.warmup_steps=2"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run_training([*common, f"output={whole}"], kind, ranks).returncode == 0
+    # the same schedule, stopped after three steps by removing what came later
+    assert run_training([*common, f"output={halves}"], kind, ranks).returncode == 0
+    for name in ("step_00000006",):
+        for path in sorted((halves / "checkpoints" / name).rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        (halves / "checkpoints" / name).rmdir()
+    done = run_training([*common, f"output={halves}"], kind, ranks)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 3" in done.stdout
+    assert [row["loss"] for row in metrics(halves)] == [row["loss"] for row in metrics(whole)]
+    assert [row["grad_norm"] for row in metrics(halves)] == [row["grad_norm"] for row in metrics(whole)]
+
+
+BAD_INPUT = [
+    (["model.sise=vit_b"], "did you mean 'model.size'"),
+    (["train.global_batch_size=7", "train.micro_batch_size=2"], "train.micro_batch_size=2 does not divide"),
+    (["data.train=/nowhere"], "/nowhere"),
+    (["data.train=null"], "data.train is not set"),
+    (["model.image_size=30"], "not a multiple of model.patch_size=8"),
+    (["train.global_batch_size=64"], "less than one batch"),
+    (["--config", "configs/absent.yaml"], "cannot read the configuration"),
+    (["--ds_config", "ds_configs/absent.json"], "cannot read the DeepSpeed configuration"),
+    (["--ds_config", "ds_configs/zero3.json", "strategy=fsdp"], "contradicts"),
+    (["train.resume=/nowhere/step_1"], "/nowhere/step_1"),
+    (["model.mlp=relu"], "gelu, swiglu"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD_INPUT, ids=[case[0][-1] for case in BAD_INPUT])
+def test_bad_input_is_one_clear_line(arguments: list[str], named: str, shards: Path, tmp_path: Path) -> None:
+    options = [a for a in arguments if not a.startswith("--")] if "--config" not in arguments else []
+    flags = [a for a in arguments if a not in options]
+    done = run_training([*flags, *TINY, f"data.train={shards}", f"output={tmp_path / 'run'}", *options])
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert named in lines[0]
+
+
+def test_bad_input_leaves_no_rank_hanging(shards: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, f"data.train={shards}", f"output={tmp_path / 'run'}", "train.global_batch_size=9"]
+    done = run_training(arguments, "deepspeed", ranks=2, timeout=120)
+    assert done.returncode == 2
+    assert "9 does not divide over 2 ranks; nearest that do: 8, 10" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_of_another_run_is_refused(reference: Path, shards: Path) -> None:
+    done = run_training([*TINY, f"data.train={shards}", f"output={reference}", "train.seed=5"])
+    assert done.returncode == 2
+    assert "belongs to another run: train.seed was 0, now it is 5" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shards: Path, tmp_path: Path) -> None:
+    arguments = [
+        *TINY,
+        f"data.train={shards}",
+        f"output={tmp_path / 'run'}",
+        "checkpoint.every=1",
+        "train.max_skipped=2",
+    ]
+    done = run_training([*arguments, "optimizer.lr=1e38", "optimizer.clip=0", "train.steps=20"])
+    assert done.returncode == 1
+    assert "steps in a row" in done.stderr
+    assert "step_0000" in done.stderr
+    assert "Traceback" not in done.stderr
