@@ -169,9 +169,9 @@ class Block(nn.Module):
         return x + self._branch(hidden, self.mlp_scale, "mlp", sample_keys)
 
     def _branch(self, y: Tensor, scale: Tensor | None, name: str, sample_keys: Tensor | None) -> Tensor:
-        y = y.float()
         if scale is not None:
-            y = y * scale.float()
+            scale = scale.to(y.dtype).float()
+        y = y.float() if scale is None else y.float() * scale
         if self.training and self.drop_path > 0 and sample_keys is not None:
             kept = uniform(sample_keys, "drop_path", name, self.index) >= self.drop_path
             y = y * (kept.float() / (1.0 - self.drop_path)).unsqueeze(-1)
