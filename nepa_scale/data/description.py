@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nepa_scale.config import ConfigError
@@ -29,7 +29,8 @@ class Description:
     shards: list[ShardDescription]
     classes: int | None
     class_names: list[str] | None
-    recipe: dict[str, Any]  # how the shards were made
+    recipe: dict[str, Any] = field(default_factory=dict)  # how the shards were made
+    left_out: list[list[str]] = field(default_factory=list)  # [key, why] of images that could not be used
 
     def to_json(self) -> str:
         """The content of `dataset.json`; equal descriptions give equal bytes."""
@@ -45,7 +46,13 @@ class Description:
             counts = [number for shard in shards for number in (shard.samples, shard.bytes)]
             if not all(isinstance(number, int) and number >= 0 for number in counts):
                 raise TypeError("counts are not whole numbers")
-            return cls(shards, fields.get("classes"), fields.get("class_names"), fields.get("recipe", {}))
+            return cls(
+                shards,
+                fields.get("classes"),
+                fields.get("class_names"),
+                fields.get("recipe", {}),
+                fields.get("left_out", []),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{where} does not describe shards ({error}): remove it, or make the shards again with "

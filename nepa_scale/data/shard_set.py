@@ -6,6 +6,7 @@ import errno
 import glob
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from nepa_scale.config import ConfigError, DataConfig
 from nepa_scale.data.description import FILE_NAME, Description
 from nepa_scale.data.index_files import index_file
-from nepa_scale.data.tar_index import NO_LABEL, ShardIndex
+from nepa_scale.data.tar_index import NO_LABEL, Entry, ShardIndex
 
 OPEN_FILES = 128  # shards a process keeps open: far below the usual limit of 1024 descriptors
 
@@ -117,6 +118,12 @@ class ShardSet:
         if len(image) < entry.size:
             raise BadSample(name, entry.key, "the shard has become shorter since it was opened")
         return RawSample(entry.key, image, None if entry.label == NO_LABEL else entry.label, name)
+
+    def entries(self, shard: int) -> Iterator[Entry]:
+        """What the index of shard number `shard` says of its samples, in tar order."""
+        index = self._index(shard) if self._index_files[shard] is not None else None
+        for number in range(self.shard_sizes[shard]):
+            yield index[number] if index is not None else Entry("", 0, 0, NO_LABEL, "the shard is missing")
 
     def ensure_local(self, shard: int) -> Path:
         """The path of shard number `shard` on this machine."""

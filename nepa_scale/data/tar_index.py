@@ -73,7 +73,7 @@ class ShardIndex:
     def load(cls, path: Path) -> ShardIndex:
         """Maps the file: its pages are shared by all processes, and no file descriptor stays open."""
         tensor = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        return cls(memoryview(tensor.numpy()))
+        return cls(memoryview(tensor.numpy()))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return int(self.samples)
@@ -115,21 +115,37 @@ def index_shard(path: Path) -> ShardIndex:
         shard_bytes = os.fstat(file.fileno()).st_size
         window = _Window(file.fileno(), shard_bytes)
         try:
-            for member in _members(window, path):
+            for member in _members(window, path, 0, shard_bytes):
                 collector.add(member, window)
-        except _Damage as damage:
+        except DamagedTar as damage:
             collector.damage(str(damage))
     return ShardIndex(memoryview(collector.pack(shard_bytes)))
 
 
-class _Damage(Exception):
-    """The tar cannot be followed any further."""
+class DamagedTar(Exception):
+    """The tar cannot be followed any further; the message says why."""
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
+    """A regular file in a tar: its content is `size` bytes at `offset` of the tar's file."""
+
     name: str
     offset: int
     size: int
+
+
+def members(path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
+    """The regular files of the tar that lies in bytes [start, end) of the file at `path`, in order; reads headers only.
+
+    Raises:
+        DamagedTar: a header is damaged, or the tar ends too early.
+    """
+    with path.open("rb", buffering=0) as file:
+        total = os.fstat(file.fileno()).st_size if end is None else end
+        for member in _members(_Window(file.fileno(), total), path, start, total):
+            if member.offset + member.size > total:
+                raise DamagedTar(f"{path} is cut short inside {member.name}")
+            yield member
 
 
 class _Window:
@@ -150,15 +166,14 @@ class _Window:
         return self._bytes[at : at + size]
 
 
-def _members(window: _Window, path: Path) -> Iterator[_Member]:
-    """The regular files of the tar in order; plain headers here, long names and other rarities by `tarfile`."""
-    at = 0
-    while at < window.total:
+def _members(window: _Window, path: Path, at: int, end: int) -> Iterator[Member]:
+    """Plain headers are read here, long names and other rarities by `tarfile`."""
+    while at < end:
         header = window.read(at, _BLOCK)
         if not header.strip(b"\0"):
             return
         if len(header) < _BLOCK:
-            raise _Damage(f"the shard is cut short inside the header at byte {at}")
+            raise DamagedTar(f"the shard is cut short inside the header at byte {at}")
         if header[257:262] == b"ustar" and header[156:157] in b"0\0" and not header[124] & 0x80:
             member = _plain_member(header, at)
             regular = True
@@ -169,32 +184,32 @@ def _members(window: _Window, path: Path) -> Iterator[_Member]:
         at = member.offset + (member.size + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
-def _plain_member(header: bytes, at: int) -> _Member:
+def _plain_member(header: bytes, at: int) -> Member:
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and header[345]:  # POSIX; GNU tar keeps other things there
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     digits = header[124:136].strip(b" \0") or b"0"
     if not digits.isdigit() or digits.strip(b"01234567"):
-        raise _Damage(f"the header at byte {at} is damaged")
+        raise DamagedTar(f"the header at byte {at} is damaged")
     size = int(digits, 8)
-    return _Member(name.decode(errors="replace"), at + _BLOCK, size)
+    return Member(name.decode(errors="replace"), at + _BLOCK, size)
 
 
-def _rare_member(path: Path, at: int) -> tuple[_Member, bool]:
+def _rare_member(path: Path, at: int) -> tuple[Member, bool]:
     """The member at `at` and whether it is a regular file."""
     with path.open("rb") as file:
         if at == 0 and file.read(2) == b"\x1f\x8b":
-            raise _Damage("the shard is compressed: unpack it with gunzip, as images gain nothing from it")
+            raise DamagedTar("the shard is compressed: unpack it with gunzip, as images gain nothing from it")
         file.seek(at)
         try:
             info = tarfile.TarFile(fileobj=file).next()
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            raise _Damage(f"the header at byte {at} is damaged") from error
+            raise DamagedTar(f"the header at byte {at} is damaged") from error
     if info is None or info.size < 0:
-        raise _Damage(f"the header at byte {at} is damaged")
+        raise DamagedTar(f"the header at byte {at} is damaged")
     name = info.name.encode(errors="surrogateescape").decode(errors="replace")
     has_data = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
-    return _Member(name, info.offset_data, info.size if has_data else 0), info.isreg()
+    return Member(name, info.offset_data, info.size if has_data else 0), info.isreg()
 
 
 @dataclass(slots=True)
@@ -214,7 +229,7 @@ class _Collector:
         self._records: list[_Record] = []
         self._open: dict[str, _Record] = {}
 
-    def add(self, member: _Member, window: _Window) -> None:
+    def add(self, member: Member, window: _Window) -> None:
         key, extension = _split(member.name)
         if not extension or _is_metadata(member.name):
             return
@@ -236,7 +251,7 @@ class _Collector:
             self._open[key] = record
         return record
 
-    def _set_image(self, record: _Record, member: _Member) -> None:
+    def _set_image(self, record: _Record, member: Member) -> None:
         if record.size or record.flaw not in (None, "no image"):
             return
         record.offset, record.size = member.offset, min(member.size, _LARGEST["image"])
