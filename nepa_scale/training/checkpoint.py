@@ -86,7 +86,7 @@ class Checkpointer:
         self._failure: str | None = None
         # a group of its own: collectives of one group must come in the same order everywhere, and the loop has its own
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
-        problems = self._exchange(_attempt(self._prepare))
+        problems = self._exchange(self._attempt(self._prepare))
         if (problem := first(problems)) is not None:
             raise ConfigError(f"cannot write checkpoints to {self.folder}: {problem}; choose another folder (output=)")
         # one thread: its jobs run in order, so that what they touch needs no lock
@@ -200,15 +200,16 @@ class Checkpointer:
                 self._publish(temporary, name)
 
         written: list[Any] = []
-        problem = first(self._exchange(_attempt(make_folder)))
+        problem: str | None = first(self._exchange(self._attempt(make_folder)))
         if problem is None:
-            problem = first(self._exchange(_attempt(write_part)))
+            problem = first(self._exchange(self._attempt(write_part)))
         if problem is None:
             described = self._exchange((written[0], image.pieces, shapes))
-            problem = first(self._exchange(_attempt(publish)))
+            problem = self._attempt(publish)
         if problem is not None and self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        return str(problem) if problem is not None else None
+        agreed: str | None = first(self._exchange(problem))
+        return agreed
 
     def _publish(self, temporary: Path, name: str) -> None:
         sync_folder(temporary)
@@ -257,6 +258,18 @@ class Checkpointer:
         temporary.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
         temporary.replace(self.folder / "best.json")
         _point("best", path)
+
+    def _attempt(self, action: Callable[[], None]) -> str | None:
+        """Runs `action`; the reason for which it failed, or None."""
+        try:
+            action()
+        except OSError as error:
+            reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return None
+        return f"{reason} on rank {self.rank}" if self.world_size > 1 else reason
 
     def _exchange(self, value: Any) -> list[Any]:
         """Every rank's `value`, over the group of the background."""
@@ -352,17 +365,6 @@ def _point(name: str, target: Path) -> None:
 def _unlink(*paths: Path) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    """Runs `action`; the reason for which it failed, or None."""
-    try:
-        action()
-    except OSError as error:
-        return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _warn(message: str) -> None:

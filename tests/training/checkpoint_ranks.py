@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -86,7 +87,7 @@ def run_ranks(world_size: int, target: Callable[..., Any], *arguments: Any, time
     """Runs `target(rank, world_size, *arguments)` in processes of one group; their exit codes, in rank order."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _processes.Process(target=_run, args=(rank, world_size, f"{folder}/store", target, arguments))
+            _processes.Process(target=_run, args=(rank, world_size, folder, target, arguments))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -97,14 +98,18 @@ def run_ranks(world_size: int, target: Callable[..., Any], *arguments: Any, time
         for process in stuck:
             process.kill()
             process.join()
+        for path in sorted(Path(folder).glob("stderr_*")):
+            print(path.read_text(), file=sys.stderr, end="")
         assert not stuck, f"{len(stuck)} ranks were still running after {timeout} s"
         return [process.exitcode or 0 for process in ranks]
 
 
-def _run(rank: int, world_size: int, store: str, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _run(rank: int, world_size: int, folder: str, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    with open(f"{folder}/stderr_{rank}", "w") as errors:  # the server's own belongs to whichever test started it
+        os.dup2(errors.fileno(), 2)
     torch.set_num_threads(1)
     os.environ["RANK"] = str(rank)
-    with _group(rank, world_size, store):
+    with _group(rank, world_size, f"{folder}/store"):
         target(rank, world_size, *arguments)
 
 
