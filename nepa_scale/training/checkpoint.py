@@ -45,7 +45,7 @@ from nepa_scale.training.checkpoint_format import (
 from nepa_scale.training.fault_injection import fault_point
 from nepa_scale.training.part_files import PartImage
 
-__all__ = ["CheckpointFailure", "Checkpointer", "find_checkpoint", "load_shards", "read_meta"]
+__all__ = ["CheckpointFailure", "Checkpointer", "find_checkpoint", "load_shards", "locate_checkpoint", "read_meta"]
 
 _STEP = re.compile(r"step_(\d{8,})")
 _HIDDEN, _REPLACED = ".tmp_", ".old_"
@@ -305,6 +305,18 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
     if damages:
         raise ConfigError(f"no usable checkpoint in {place}: {damages[0]}; remove it to start afresh")
     return None
+
+
+def locate_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at `path`, or the newest of the run folder that it is; nothing of it is read yet.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found, _ = _candidates(Path(path), str(path))
+    if not found:
+        raise ConfigError(f"{path} holds no checkpoint: give a step_N folder, or a run folder that has some")
+    return found[-1]
 
 
 def _candidates(place: Path, resume: str) -> tuple[list[Path], str | None]:

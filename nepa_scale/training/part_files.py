@@ -7,8 +7,9 @@ per block so that a reader verifies all that it reads and still reads no more th
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class PartImage:
     def __init__(self, shards: list[Shard], share: tuple[int, int] = (0, 1)) -> None:
         self._share = share
         self._layout = _layout(shards, share)
-        header = _header(self._layout)
+        held = [(f"{kind}/{name}/{start}", (stop - start,)) for kind, name, start, stop in self._layout if stop > start]
+        header = safetensors_header(held)
         floats = sum(stop - start for _, _, start, stop in self._layout)
         self.pieces: list[Piece] = []
         offset = len(header)
@@ -131,14 +133,14 @@ def _layout(shards: list[Shard], share: tuple[int, int]) -> list[tuple[str, str,
     return layout
 
 
-def _header(layout: list[tuple[str, str, int, int]]) -> bytes:
-    """What begins a safetensors file that holds these ranges, one after the other."""
-    entries: dict[str, Any] = {}
+def safetensors_header(tensors: list[tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
+    """What begins a safetensors file that holds these float32 tensors, one after the other; its length is a multiple
+    of 64 bytes."""
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     begin = 0
-    for kind, name, start, stop in layout:
-        end = begin + (stop - start) * FLOAT_BYTES
-        if stop > start:
-            entries[f"{kind}/{name}/{start}"] = {"dtype": "F32", "shape": [stop - start], "data_offsets": [begin, end]}
+    for name, shape in tensors:
+        end = begin + math.prod(shape) * FLOAT_BYTES
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)

@@ -1,0 +1,147 @@
+"""Weights out of a checkpoint, on one process, whatever strategy and number of ranks wrote it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nepa_scale.config import ConfigError, config_from_dict
+from nepa_scale.models import CausalViT, resolve_architecture
+from nepa_scale.objectives import NextEmbedding
+from nepa_scale.sharding.shard import Shard
+from nepa_scale.training.checkpoint import load_shards, locate_checkpoint, read_meta
+from nepa_scale.training.checkpoint_format import Index, read_index
+from nepa_scale.training.part_files import BLOCK_BYTES, FLOAT_BYTES, Corrupt, PartReader, safetensors_header
+
+KINDS = {"raw": "master", "ema": "ema"}  # what a person asks for -> what a checkpoint calls it
+
+
+def export_safetensors(
+    checkpoint: str | Path, output: Path, weights: str = "raw", progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Writes the whole weights as one safetensors file: float32, by parameter name, metadata "weights" and "step".
+
+    Parts are read one after the other and each range goes straight to its place in the file, so that this takes the
+    memory of one block (4 MiB), however large the model.
+
+    checkpoint: a step_N folder, or a run folder whose newest is meant
+    weights: "raw" or "ema"
+    progress: told the bytes done and those in all
+    Returns what was written: checkpoint, step, weights, parameters, bytes, output.
+    Raises:
+        ConfigError: no checkpoint, no such weights in it, damage, or an output that cannot be written.
+    """
+    folder = locate_checkpoint(checkpoint)
+    meta, index = read_meta(folder), _read_index(folder)
+    kind = _require_kind(index, weights, folder)
+    total = FLOAT_BYTES * sum(math.prod(shape) for shape in index.shapes.values())
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder: give the name of a file, such as {output / 'model.safetensors'}")
+    temporary = output.with_name(f".{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb", buffering=0) as file:
+                header, places = _plan(index, {"format": "pt", "weights": weights, "step": str(meta["step"])})
+                os.truncate(temporary, len(header) + total)
+                file.write(header)
+                _copy(folder, index, kind, file.fileno(), places, lambda done: progress and progress(done, total))
+                os.fsync(file.fileno())
+            temporary.replace(output)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except Corrupt as error:
+        raise ConfigError(f"the checkpoint {folder} cannot be exported: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error.strerror}") from error
+    return {
+        "checkpoint": str(folder),
+        "step": meta["step"],
+        "weights": weights,
+        "parameters": total // FLOAT_BYTES,
+        "bytes": len(header) + total,
+        "output": str(output),
+    }
+
+
+def load_pretrained(checkpoint: str | Path, weights: str = "raw") -> NextEmbedding:
+    """The model of a pretraining checkpoint with its weights, float32, on the host, in eval mode.
+
+    checkpoint, weights: as in `export_safetensors`
+    Raises:
+        ConfigError: as there, or the checkpoint is not of pretraining.
+    """
+    folder = locate_checkpoint(checkpoint)
+    config = config_from_dict(read_meta(folder)["config"], str(folder))
+    if config.task != "pretrain":
+        raise ConfigError(f"{folder} is a checkpoint of task={config.task}, not of pretraining")
+    kind = _require_kind(_read_index(folder), weights, folder)
+    architecture = resolve_architecture(config.model, mask_token=config.objective.mask_ratio > 0)
+    with torch.device("meta"):
+        task = NextEmbedding(CausalViT(architecture), config.objective)
+    task.to_empty(device="cpu")
+    load_shards(folder, [_whole(name, parameter, kind) for name, parameter in task.named_parameters()])
+    return task.eval()
+
+
+def _whole(name: str, parameter: Tensor, kind: str) -> Shard:
+    return Shard(name, tuple(parameter.shape), 0, parameter.numel(), {kind: parameter.detach().view(-1)})
+
+
+def _read_index(folder: Path) -> Index:
+    try:
+        return read_index(folder)
+    except Corrupt as error:
+        raise ConfigError(f"no usable checkpoint: {error}") from error
+
+
+def _require_kind(index: Index, weights: str, folder: Path) -> str:
+    kind = KINDS[weights]
+    if not all(kind in kinds for kinds in index.ranges.values()):
+        raise ConfigError(f"{folder} holds no moving average (ema.decay was 0): export --weights raw")
+    return kind
+
+
+def _plan(index: Index, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The header of the file, and the byte at which each parameter begins."""
+    sizes = {name: FLOAT_BYTES * math.prod(shape) for name, shape in index.shapes.items()}
+    header = safetensors_header(list(index.shapes.items()), metadata)
+    places, begin = {}, len(header)
+    for name, size in sizes.items():
+        places[name] = begin
+        begin += size
+    return header, places
+
+
+def _copy(
+    folder: Path, index: Index, kind: str, file: int, places: dict[str, int], progress: Callable[[int], Any]
+) -> None:
+    """Every range of `kind`, from its part to its place in `file`; parts are read in order and from front to back."""
+    wanted: dict[int, list[tuple[int, int, int]]] = {}  # part -> [(offset there, offset here, bytes)]
+    for name, kinds in index.ranges.items():
+        for part, start, stop, offset in kinds[kind]:
+            size = (stop - start) * FLOAT_BYTES
+            wanted.setdefault(part, []).append((offset, places[name] + start * FLOAT_BYTES, size))
+    buffer = torch.empty(BLOCK_BYTES // FLOAT_BYTES)
+    done = 0
+    for part, reads in sorted(wanted.items()):
+        with PartReader(folder, index.parts[part]) as reader:
+            for source, target, size in sorted(reads):
+                for begin in range(0, size, BLOCK_BYTES):
+                    piece = buffer[: min(BLOCK_BYTES, size - begin) // FLOAT_BYTES]
+                    reader.read_into(piece, source + begin)
+                    _write_at(file, piece.numpy().data.cast("B"), target + begin)
+                done += size
+                progress(done)
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written

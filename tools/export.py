@@ -1,0 +1,83 @@
+"""Takes the weights out of a checkpoint, for other programs.
+
+CKPT is a checkpoint (RUN/checkpoints/step_00001000) or a run folder, whose newest checkpoint it then is. Any will do,
+whatever strategy and number of ranks wrote it; one process on a CPU is enough.
+
+  --to safetensors   OUTPUT is a file: float32 tensors under this project's parameter names. Takes the memory of one
+                     block, however large the model
+  --to official      OUTPUT is a folder in NEPA's official layout (config.json, model.safetensors). Takes the memory of
+                     the whole model
+
+examples:
+  python tools/export.py runs/demo --to safetensors demo.safetensors
+  python tools/export.py runs/demo/checkpoints/step_00001000 --to official demo_official --weights ema
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from nepa_scale.config import EXIT_USAGE, ConfigError
+from nepa_scale.interop import save_official
+from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
+from nepa_scale.training.export import KINDS, export_safetensors, load_pretrained
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint, or a run folder")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="file (safetensors) or folder (official)")
+    parser.add_argument("--to", required=True, choices=["safetensors", "official"], help="the layout of OUTPUT")
+    parser.add_argument(
+        "--weights", default="raw", choices=list(KINDS), help="as trained, or their moving average (default: raw)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write what was done as one JSON object; - for stdout")
+    arguments = parser.parse_args()
+    try:
+        facts = export(arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if arguments.json == "-":
+        print(json.dumps(facts))
+    else:
+        print(f"{facts['parameters']:,} parameters ({facts['weights']}) of step {facts['step']} -> {facts['output']}")
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(facts) + "\n")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was exported, as `export_safetensors` describes it."""
+    if arguments.to == "safetensors":
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("export")
+            return export_safetensors(
+                arguments.checkpoint,
+                arguments.output,
+                arguments.weights,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    checkpoint = locate_checkpoint(arguments.checkpoint)
+    model = load_pretrained(checkpoint, arguments.weights)
+    save_official(model, arguments.output)
+    return {
+        "checkpoint": str(checkpoint),
+        "step": read_meta(checkpoint)["step"],
+        "weights": arguments.weights,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": sum(path.stat().st_size for path in arguments.output.iterdir() if path.is_file()),
+        "output": str(arguments.output),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
