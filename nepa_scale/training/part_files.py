@@ -133,7 +133,7 @@ def _layout(shards: list[Shard], share: tuple[int, int]) -> list[tuple[str, str,
     return layout
 
 
-def safetensors_header(tensors: list[tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
+def safetensors_header(tensors: Sequence[tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
     """What begins a safetensors file that holds these float32 tensors, one after the other; its length is a multiple
     of 64 bytes."""
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
