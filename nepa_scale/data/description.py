@@ -46,6 +46,8 @@ class Description:
             counts = [number for shard in shards for number in (shard.samples, shard.bytes)]
             if not all(isinstance(number, int) and number >= 0 for number in counts):
                 raise TypeError("counts are not whole numbers")
+            if not all(shard.name and "/" not in shard.name for shard in shards):
+                raise ValueError("a shard's name is not a file name")
             return cls(
                 shards,
                 fields.get("classes"),

@@ -1,62 +1,83 @@
-"""Work on many files by many processes, with progress."""
+"""Work on many files by many processes or threads, with progress."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 J = TypeVar("J")
 R = TypeVar("R")
 
+LINE_EVERY = 10.0  # seconds between lines where stderr is a file
+_THREADS = 8  # for work that waits for disks and servers
+
 
 def in_parallel(
-    work: Callable[[J], R], jobs: Sequence[J], workers: int, title: str, size: Callable[[J], float] = lambda _: 1.0
+    work: Callable[[J], R],
+    jobs: Sequence[J],
+    workers: int,
+    title: str,
+    size: Callable[[J], float] = lambda _: 1.0,
 ) -> list[R]:
-    """`[work(job) for job in jobs]` by `workers` processes, with a progress bar on stderr that counts `size(job)`.
+    """`[work(job) for job in jobs]` by `workers` processes, with progress on stderr that counts `size(job)`.
 
     work: a function of a module, as it is called in other processes
 
     Raises:
         Whatever `work` raises; RuntimeError where a process was killed.
     """
-    sizes = [size(job) for job in jobs]
-    results: list[Any] = [None] * len(jobs)
-    with _progress() as progress:
-        task = progress.add_task(title, total=sum(sizes))
-        for number, result in _completed(work, jobs, min(workers, len(jobs))):
-            results[number] = result
-            progress.advance(task, sizes[number])
-    return results
-
-
-def _completed(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterable[tuple[int, R]]:
+    workers = min(workers, len(jobs))
     if workers <= 1:
-        for number, job in enumerate(jobs):
-            yield number, work(job)
-        return
+        return _collect(((number, work(job)) for number, job in enumerate(jobs)), jobs, title, size)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
-        futures = {pool.submit(work, job): number for number, job in enumerate(jobs)}
+    with ProcessPoolExecutor(workers, context, initializer=_prepare_worker) as pool:
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            return _collect(_completed(pool, work, jobs), jobs, title, size)
         except BrokenProcessPool as error:
-            raise RuntimeError("a worker process was killed (out of memory?): try fewer --workers") from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            raise RuntimeError("a worker process was killed (out of memory?): try fewer workers") from error
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def in_threads(work: Callable[[J], R], jobs: Sequence[J], title: str) -> list[R]:
+    """`[work(job) for job in jobs]` by a few threads, with progress on stderr."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return _collect(_completed(pool, work, jobs), jobs, title, lambda _: 1.0)
+
+
+def _completed(pool: Executor, work: Callable[[J], R], jobs: Sequence[J]) -> Iterator[tuple[int, R]]:
+    futures = {pool.submit(work, job): number for number, job in enumerate(jobs)}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(results: Iterator[tuple[int, R]], jobs: Sequence[J], title: str, size: Callable[[J], float]) -> list[R]:
+    sizes = [size(job) for job in jobs]
+    collected: list[Any] = [None] * len(jobs)
+    with _Report(title, sum(sizes)) as report:
+        for number, result in results:
+            collected[number] = result
+            report.advance(sizes[number])
+    return collected
+
+
+def _prepare_worker() -> None:
+    """One thread for each worker, and an end with the parent: else a worker whose parent was killed waits for ever."""
+    torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -67,12 +88,43 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> str:
+        return f"{task.speed:,.0f}/s" if task.speed else ""
+
+
+class _Report:
+    """A bar on a terminal, a line now and then elsewhere, and nothing for what takes a moment."""
+
+    def __init__(self, title: str, total: float) -> None:
+        self._title, self._total, self._done = title, max(total, 1), 0.0
+        self._start = self._last = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), _Rate(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(title, total=self._total)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, amount: float) -> None:
+        """Counts `amount` more as done."""
+        self._done += amount
+        if self._bar is not None:
+            self._bar.advance(self._task, amount)
+            return
+        now = time.monotonic()
+        if now - self._last >= LINE_EVERY and self._done:
+            self._last = now
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate
+            print(f"{self._title}: {self._done / self._total:.0%}, {rate:,.0f}/s, {left:.0f} s left", file=sys.stderr)

@@ -1,20 +1,20 @@
-"""Files behind URLs, fetched whole: with retries, and never waiting for a server that has gone silent.
+"""Copies one remote file to this machine: bounded in time whatever the server does, and tried again where that helps.
 
-`http(s)://` is read by the standard library; `s3://`, `gs://`, `hf://` and whatever else fsspec knows by fsspec;
-`pipe:COMMAND` is the output of a shell command.
+`http(s)://` is read with the standard library, `s3://`, `gs://`, `hf://` and the like through fsspec, and `pipe:` is a
+shell command whose output is the file. A transfer runs in a thread of its own, so that silence is noticed here even
+where a library would wait for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
-import io
-import logging
 import os
 import random
 import signal
+import ssl
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -22,274 +22,259 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import fsspec
+
+from nepa_scale.config import ConfigError, DataConfig
+from nepa_scale.data.description import ShardDescription
+from nepa_scale.data.safe_files import sha256
 
 PIPE = "pipe:"
-CHUNK = 1 << 20
-ENOUGH = 1 << 16  # bytes within the timeout: a server that sends fewer counts as silent
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries, doubled each time
-_TRY_AGAIN = {408, 425, 429}  # HTTP statuses below 500 that may pass
+_CHUNK = 1 << 20
+_SLOWEST = 1024  # bytes a second, on average over `timeout`: slower than that is as good as dead
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0  # seconds between attempts
+_GONE = (404, 410)
+_REFUSED = (400, 401, 403, 405)
 
-T = TypeVar("T")
-log = logging.getLogger(__name__)
+
+class RemoteError(RuntimeError):
+    """A remote file cannot be had; the message names it and says why."""
+
+
+class MissingRemote(RemoteError):
+    """There is no such remote file."""
+
+
+class RefusedRemote(RemoteError):
+    """The server refuses access to a remote file, or says so of one that is not there."""
+
+
+class _Stream(NamedTuple):
+    """An open transfer: its chunks, its length where the server states it, and how to end it from another thread."""
+
+    chunks: Iterator[bytes]
+    size: int | None
+    cancel: Callable[[], None] = lambda: None
+
+
+def is_remote(location: str) -> bool:
+    """Whether `location` is a URL or a pipe rather than a path."""
+    return location.startswith(PIPE) or "://" in location
 
 
 @dataclass(frozen=True)
-class Patience:
-    """timeout: seconds a server may stay silent; retries: tries after the first"""
+class Remote:
+    """Fetches files; picklable.
+
+    timeout: seconds a server may stay silent
+    retries: attempts after the first
+    """
 
     timeout: float
     retries: int
+    allow_pipe: bool
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> Remote:
+        """With the run's settings."""
+        return cls(data.timeout, data.retries, data.allow_pipe)
+
+    def fetch(
+        self,
+        url: str,
+        target: Path,
+        reserve: Callable[[int], None] = lambda _: None,
+        expected: ShardDescription | None = None,
+    ) -> None:
+        """Copies `url` to the file `target`, which is complete when this returns; after a failure it is not there.
+
+        reserve: called with the size in bytes, where it is known, before the first byte is written
+        expected: the size and the checksum that the file must have
+
+        Raises:
+            MissingRemote: there is no such file.
+            RemoteError: it cannot be had, after all attempts.
+            ConfigError: `pipe:` is not allowed, or no library is installed for the protocol.
+            OSError: `target` cannot be written.
+        """
+        self.check(url)
+        for attempt in range(self.retries + 1):
+            try:
+                _Transfer(url, self.timeout, target, reserve).run()
+                if expected is not None and sha256(target) != expected.sha256:
+                    raise _Transient("its content is not what dataset.json describes (checksum)")
+                return
+            except _Transient as error:
+                target.unlink(missing_ok=True)
+                if attempt == self.retries:
+                    attempts = f"{attempt + 1} attempts" if attempt else "one attempt"
+                    raise RemoteError(
+                        f"cannot read {url}: {error} ({attempts}; see data.timeout and data.retries)"
+                    ) from error
+                time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0))
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
+
+    def read_small(self, url: str) -> bytes:
+        """The content of a small file; raises what `fetch` raises."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.fetch(url, Path(folder, "content"))
+            return Path(folder, "content").read_bytes()
+
+    def check(self, url: str) -> None:
+        """Raises ConfigError for a `pipe:` that is not allowed."""
+        if url.startswith(PIPE) and not self.allow_pipe:
+            raise ConfigError(f"'{url}' runs a shell command: set data.allow_pipe=true if you trust it")
 
 
-class RemoteError(Exception):
-    """A remote file cannot be had; the message names it and says why. lasting: another try would not help"""
-
-    def __init__(self, message: str, lasting: bool = False) -> None:
-        super().__init__(message, lasting)
-        self.message, self.lasting = message, lasting
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class RemoteFileMissing(RemoteError):
-    """The server answers that there is no such file."""
-
-    def __init__(self, message: str, lasting: bool = True) -> None:
-        super().__init__(message, lasting)
-
-
-class Fetched(NamedTuple):
-    """What was received: its size in bytes and SHA-256 in hexadecimal."""
-
-    bytes: int
-    sha256: str
-
-
-def is_remote(source: str) -> bool:
-    """Whether `source` is a URL or a `pipe:`, rather than a path."""
-    return source.startswith(PIPE) or "://" in source
-
-
-def fetch(url: str, patience: Patience) -> bytes:
-    """The content of a small file.
-
-    Raises:
-        RemoteError: it cannot be had within `patience`.
-    """
-
-    def attempt() -> bytes:
-        content = io.BytesIO()
-        _receive(url, lambda: contextlib.nullcontext(content), patience.timeout)
-        return content.getvalue()
-
-    return _patiently(url, attempt, patience)
-
-
-def download(url: str, path: Path, patience: Patience, expected: Fetched | None = None) -> Fetched:
-    """Writes the file behind `url` to `path`, overwriting it at each try; verifies it where `expected` is given.
-
-    Raises:
-        RemoteError: it cannot be had within `patience`, or differs from `expected`; `path` is then removed.
-    """
-
-    def attempt() -> Fetched:
-        path.unlink(missing_ok=True)  # a try that was given up may still write to the old one
-        fetched = _receive(url, lambda: path.open("xb"), patience.timeout)
-        if expected is not None and fetched != expected:
-            raise RemoteError(f"its {fetched.bytes} bytes are not the {expected.bytes} that dataset.json describes")
-        return fetched
-
-    try:
-        return _patiently(url, attempt, patience)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def list_tars(folder: str, patience: Patience) -> list[str]:
-    """The URLs of the tars right under the URL `folder`, sorted; for stores that fsspec can list.
-
-    Raises:
-        RemoteError: it cannot be listed.
-    """
-
-    def attempt() -> list[str]:
-        found: list[str] = []
-        _within(lambda _: found.extend(_glob(folder)), patience.timeout)
-        return sorted(found)
-
-    return _patiently(folder, attempt, patience)
-
-
-def _glob(folder: str) -> list[str]:
-    filesystem, path = _filesystem(folder)
-    return [str(filesystem.unstrip_protocol(name)) for name in filesystem.glob(f"{path.rstrip('/')}/*.tar")]
-
-
-def _patiently(url: str, attempt: Callable[[], T], patience: Patience) -> T:
-    for tried in range(1, patience.retries + 2):
-        try:
-            return attempt()
-        except RemoteError as error:
-            if error.lasting or tried > patience.retries:
-                times = f" (tried {tried} times)" if tried > 1 else ""
-                raise type(error)(f"{url}: {error}{times}", error.lasting) from error
-            pause = min(FIRST_PAUSE * 2 ** (tried - 1), LONGEST_PAUSE) * random.uniform(0.7, 1.0)
-            log.warning("%s: %s; trying again in %.1f s (%d of %d)", url, error, pause, tried, patience.retries)
-            time.sleep(pause)
-    raise AssertionError("unreachable")
-
-
-def _receive(url: str, target: Callable[[], contextlib.AbstractContextManager[BinaryIO]], timeout: float) -> Fetched:
-    """One try. `target` is opened, written and closed by the receiving thread alone."""
-    digest, result = hashlib.sha256(), []
-
-    def work(transfer: _Transfer) -> None:
-        with _open(url, timeout, transfer) as (chunks, size), _writable(target) as write:
-            for chunk in chunks:
-                if transfer.given_up:
-                    return
-                write(chunk)
-                digest.update(chunk)
-                transfer.received += len(chunk)
-        if size is not None and transfer.received != size:
-            raise RemoteError(f"the connection ended after {transfer.received} of {size} bytes")
-        result.append(Fetched(transfer.received, digest.hexdigest()))
-
-    _within(work, timeout)
-    return result[0]
+class _Transient(Exception):
+    """A failure that another attempt may not meet."""
 
 
 class _Transfer:
-    """What the receiving thread and the one that waits for it tell each other."""
+    """One attempt to copy `url` to `target`, watched from outside the thread that does it."""
 
-    def __init__(self) -> None:
-        self.received = 0
-        self.given_up = False
-        self.finished = threading.Event()
-        self.error: BaseException | None = None
-        self.on_give_up: Callable[[], None] = lambda: None
+    def __init__(self, url: str, timeout: float, target: Path, reserve: Callable[[int], None]) -> None:
+        self._url, self._timeout, self._target, self._reserve = url, timeout, target, reserve
+        self._received = 0
+        self._abandoned = False
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._cancel: Callable[[], None] = lambda: None
+
+    def run(self) -> None:
+        """Raises what the transfer raised, or _Transient where it stalls."""
+        threading.Thread(target=self._work, daemon=True, name=f"fetch {self._url}").start()
+        try:
+            self._watch()
+        finally:
+            self._abandoned = True
+            self._cancel()
+        if self._error is not None:
+            raise self._error
+
+    def _watch(self) -> None:
+        last_byte = window_start = time.monotonic()
+        seen = window_bytes = 0
+        while not self._done.wait(min(self._timeout / 20, 1.0)):
+            now, received = time.monotonic(), self._received
+            if received > seen:
+                last_byte, seen = now, received
+            if now - last_byte >= self._timeout:
+                raise _Transient(f"the server was silent for {self._timeout:g} s after {received} bytes")
+            if now - window_start >= self._timeout:
+                if received - window_bytes < _SLOWEST * self._timeout:
+                    raise _Transient(f"the server sent fewer than {_SLOWEST} bytes a second")
+                window_start, window_bytes = now, received
+
+    def _work(self) -> None:
+        try:
+            with _open(self._url, self._timeout) as stream, self._target.open("wb") as file:
+                self._cancel = stream.cancel
+                if stream.size is not None:
+                    self._reserve(stream.size)
+                for chunk in stream.chunks:
+                    if self._abandoned:
+                        return
+                    file.write(chunk)
+                    self._received += len(chunk)
+            if stream.size is not None and self._received != stream.size:
+                raise _Transient(f"the connection ended after {self._received} of {stream.size} bytes")
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
 
 
-def _within(work: Callable[[_Transfer], None], timeout: float) -> None:
-    """Runs `work` in a thread of its own and waits as long as bytes arrive; name lookups, TLS handshakes and stores'
-    own libraries have no timeout that could be relied on, so silence is judged from outside.
+@contextlib.contextmanager
+def _open(url: str, timeout: float) -> Iterator[_Stream]:
+    if url.startswith(PIPE):
+        opened = _open_pipe(url.removeprefix(PIPE))
+    elif urlsplit(url).scheme in ("http", "https"):
+        opened = _open_http(url, timeout)
+    else:
+        opened = _open_fsspec(url)
+    with opened as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def _open_http(url: str, timeout: float) -> Iterator[_Stream]:
+    request = urllib.request.Request(url, headers={"User-Agent": "nepa_scale", "Accept-Encoding": "identity"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            length = response.headers.get("Content-Length", "")
+            yield _Stream(iter(lambda: response.read1(_CHUNK), b""), int(length) if length.isdigit() else None)
+    except urllib.error.HTTPError as error:
+        if error.code in _GONE:
+            raise MissingRemote(f"there is no {url} (HTTP {error.code})") from error
+        if error.code in _REFUSED:
+            raise RefusedRemote(f"cannot read {url}: HTTP {error.code} {error.reason}") from error
+        raise _Transient(f"HTTP {error.code} {error.reason}") from error
+    except TimeoutError as error:
+        raise _Transient(f"the server was silent for {timeout:g} s") from error
+    except urllib.error.URLError as error:
+        raise _Transient(str(error.reason)) from error
+    except (ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
+        raise _Transient(str(error) or type(error).__name__) from error
+
+
+@contextlib.contextmanager
+def _open_fsspec(url: str) -> Iterator[_Stream]:
+    file_system, path = file_system_of(url)
+    try:
+        file = file_system.open(path, "rb", block_size=_CHUNK, cache_type="readahead")
+    except FileNotFoundError as error:
+        raise MissingRemote(f"there is no {url}") from error
+    except PermissionError as error:
+        raise RefusedRemote(f"cannot read {url}: access is refused ({error})") from error
+    except Exception as error:
+        raise _Transient(f"{type(error).__name__}: {error}") from error
+    with file:
+        yield _Stream(_fsspec_chunks(file), getattr(file, "size", None))
+
+
+def _fsspec_chunks(file: Any) -> Iterator[bytes]:
+    while True:
+        try:
+            chunk = file.read(_CHUNK)
+        except Exception as error:  # each file system has its own
+            raise _Transient(f"{type(error).__name__}: {error}") from error
+        if not chunk:
+            return
+        yield chunk
+
+
+def file_system_of(url: str) -> tuple[Any, str]:
+    """The fsspec file system of `url`, and the path in it.
 
     Raises:
-        RemoteError: whatever went wrong, or fewer than `ENOUGH` bytes came within `timeout` seconds.
+        ConfigError: the protocol is unknown, or its library is not installed.
     """
-    transfer = _Transfer()
+    try:
+        file_system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"cannot read {url}: {error}") from error
+    return file_system, path
 
-    def run() -> None:
+
+@contextlib.contextmanager
+def _open_pipe(command: str) -> Iterator[_Stream]:
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        descriptor = process.stdout.fileno()
+
+        def kill() -> None:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
         try:
-            work(transfer)
-        except BaseException as error:
-            transfer.error = error
+            yield _Stream(iter(lambda: os.read(descriptor, _CHUNK), b""), None, kill)
+            status = process.wait()
         finally:
-            transfer.finished.set()
-
-    threading.Thread(target=run, daemon=True, name="remote file").start()
-    seen, since = 0, time.monotonic()
-    while not transfer.finished.wait(min(0.5, timeout / 10)):
-        if transfer.received - seen >= ENOUGH:
-            seen, since = transfer.received, time.monotonic()
-        elif time.monotonic() - since > timeout:
-            transfer.given_up = True
-            transfer.on_give_up()
-            came = transfer.received - seen
-            raise RemoteError(f"only {came} bytes came in {timeout:g} s" if came else f"no answer for {timeout:g} s")
-    if transfer.error is not None:
-        raise _as_remote_error(transfer.error) from transfer.error
-
-
-def _as_remote_error(error: BaseException) -> RemoteError:
-    if isinstance(error, RemoteError):
-        return error
-    if isinstance(error, urllib.error.HTTPError):
-        kind = RemoteFileMissing if error.code in (404, 410) else RemoteError
-        return kind(f"HTTP {error.code} {error.reason}", error.code < 500 and error.code not in _TRY_AGAIN)
-    if isinstance(error, FileNotFoundError):
-        return RemoteFileMissing("there is no such file")
-    if isinstance(error, urllib.error.URLError):
-        return RemoteError(f"{error.reason}")
-    if isinstance(error, (PermissionError, ValueError)):
-        return RemoteError(f"{error}", lasting=True)
-    return RemoteError(f"{error}" or type(error).__name__)
-
-
-@contextlib.contextmanager
-def _writable(target: Callable[[], contextlib.AbstractContextManager[BinaryIO]]) -> Iterator[Callable[[bytes], None]]:
-    """A `write` whose failures (a full disk) are not taken for the server's."""
-
-    def write(chunk: bytes) -> None:
-        try:
-            file.write(chunk)
-        except OSError as error:
-            raise RemoteError(f"it cannot be written to disk: {error.strerror}", lasting=True) from error
-
-    with target() as file:
-        yield write
-
-
-def _open(
-    url: str, timeout: float, transfer: _Transfer
-) -> contextlib.AbstractContextManager[tuple[Iterator[bytes], int | None]]:
-    """The chunks of the file behind `url`, and its size where it is known."""
-    if url.startswith(PIPE):
-        return _open_pipe(url.removeprefix(PIPE).strip(), transfer)
-    return _open_http(url, timeout) if url.startswith(("http://", "https://")) else _open_fsspec(url)
-
-
-@contextlib.contextmanager
-def _open_http(url: str, timeout: float) -> Iterator[tuple[Iterator[bytes], int | None]]:
-    headers = {"User-Agent": "nepa_scale", "Accept-Encoding": "identity"}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
-        length = response.headers.get("Content-Length")
-        try:
-            yield iter(lambda: response.read1(CHUNK), b""), int(length) if length else None
-        except http.client.IncompleteRead as error:
-            raise RemoteError("the connection ended too early") from error
-
-
-@contextlib.contextmanager
-def _open_fsspec(url: str) -> Iterator[tuple[Iterator[bytes], int | None]]:
-    filesystem, path = _filesystem(url)
-    with filesystem.open(path, "rb", block_size=8 * CHUNK) as file:
-        yield iter(lambda: file.read(CHUNK), b""), getattr(file, "size", None)
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}.get(url.partition(":")[0])
-        raise RemoteError(f"needs {f'`pip install {package}`' if package else error}", lasting=True) from error
-    return filesystem, path
-
-
-@contextlib.contextmanager
-def _open_pipe(command: str, transfer: _Transfer) -> Iterator[tuple[Iterator[bytes], int | None]]:
-    process = subprocess.Popen(
-        ["/bin/sh", "-c", command], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True
-    )
-
-    def stop() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    transfer.on_give_up = stop
-    output = process.stdout
-    assert output is not None
-    try:
-        yield iter(lambda: output.read1(CHUNK), b""), None  # type: ignore[attr-defined]
-        if process.wait() != 0:
-            raise RemoteError(f"the command ended with status {process.returncode}")
-    finally:
-        output.close()
-        if process.poll() is None:
-            stop()
-        process.wait()
+            kill()
+    if status:
+        raise _Transient(f"the command ended with status {status}")

@@ -1,9 +1,10 @@
-"""Files that many processes write: complete or invisible, and locked while one of them works."""
+"""Files that many processes write: complete or invisible, locked while one of them works, and checked by sum."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ def write_atomically(path: Path, content: bytes, mtime_ns: int | None = None) ->
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,160 +1,132 @@
-"""Local copies of remote shards: complete or absent, at most so many bytes, shared by all processes of a machine."""
+"""Local copies of remote shards: whole files, at most so many bytes of them, shared by all processes of a machine."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
-import logging
 import os
+import re
 import time
-from collections.abc import Iterator
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from nepa_scale.data.remote import PIPE, Fetched, Patience, RemoteError, RemoteFileMissing, download
-from nepa_scale.data.safe_files import locked
+from nepa_scale.config import ConfigError, DataConfig
+from nepa_scale.data.description import ShardDescription
+from nepa_scale.data.remote import Remote, RemoteError
+from nepa_scale.data.safe_files import locked, write_atomically
+from nepa_scale.data.tar_index import SUFFIX
 
-REMEMBER_FAILURE = 300.0  # seconds in which the processes that saw a shard fail do not ask for it again
-_PART = ".part"
 
-log = logging.getLogger(__name__)
+def cache_folder(data: DataConfig) -> Path:
+    """Where copies of remote shards, and the indices that cannot lie beside their shards, are kept."""
+    return Path(data.cache).expanduser() if data.cache else Path.home() / ".cache" / "nepa_scale" / "shards"
 
 
 @dataclass(frozen=True)
-class RemoteShard:
-    """Where a shard is; `described` is its size and checksum where a dataset.json gives them."""
-
-    url: str
-    described: Fetched | None = None
-
-    @property
-    def file_name(self) -> str:
-        """The local copy's: another for another URL, and for another content where that is known."""
-        identity = self.url if self.described is None else f"{self.url}\n{self.described.sha256}"
-        last = "pipe.tar" if self.url.startswith(PIPE) else self.url.partition("?")[0].rpartition("/")[2]
-        return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{last[-100:]}"
-
-
 class ShardCache:
-    """A folder of copies. Pickles small.
+    """A folder of copies; picklable. The least recently opened copies make room for new ones.
 
-    Any number of processes may ask for a shard: one downloads it, the others wait and share it. A copy that any
-    process has open (`open`) stays; of the others, those unused for longest make room for new ones.
+    A copy that is open in some process stays readable there after it was removed.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, patience: Patience) -> None:
-        self.folder, self.limit_bytes, self.patience = folder, limit_bytes, patience
-        self._born = time.time()
+    folder: Path
+    limit: int  # bytes
+    remote: Remote
 
-    def get(self, shard: RemoteShard) -> Path:
-        """The path of the local copy, downloaded first where there is none. It may be evicted once it is not open.
+    @classmethod
+    def from_config(cls, data: DataConfig) -> ShardCache:
+        """With the run's settings."""
+        return cls(cache_folder(data) / "copies", int(data.cache_gigabytes * 1e9), Remote.from_config(data))
 
-        Raises:
-            RemoteError: it cannot be had; for some minutes it then fails at once.
-        """
-        path = self.folder / shard.file_name
-        if _use(path):
-            return path
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with locked(locks / f"{path.name}.lock"):
-            if not _use(path):
-                with self._failures_remembered(locks / f"{path.name}.failed"):
-                    self._download(shard, path)
-        return path
+    def local(self, url: str, expected: ShardDescription | None = None) -> Path:
+        """The local copy of `url`, fetched if need be: by one process, while the others that want it wait.
 
-    def open(self, shard: RemoteShard) -> int:
-        """A descriptor of the local copy, which is not evicted until the descriptor is closed.
+        expected: its checksum, where it is known; a copy of other content does not count
 
         Raises:
-            RemoteError: it cannot be had.
+            MissingRemote, RemoteError: it cannot be had.
+            ConfigError: it does not fit, or the cache cannot be written.
         """
-        while True:
-            with contextlib.suppress(FileNotFoundError):  # evicted between the two lines: get it again
-                descriptor = os.open(self.get(shard), os.O_RDONLY | os.O_CLOEXEC)
-                with contextlib.suppress(OSError):  # a file system without locks: evicted, it still can be read
-                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return descriptor
-
-    def _download(self, shard: RemoteShard, path: Path) -> None:
-        part = path.with_name(path.name + _PART)
-        if shard.described is not None:
-            self._make_room(shard.described.bytes)
-        fetched = download(shard.url, part, self.patience, shard.described)
+        copy = self.folder / _copy_name(url, expected)
+        if _touch(copy):
+            return copy
+        self.remote.check(url)
+        asked = time.time()
         try:
-            self._make_room(0)
-            if fetched.bytes > self.limit_bytes:
-                raise _too_large(fetched.bytes, self.limit_bytes)
-            os.replace(part, path)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(_beside(copy, ".lock")):
+                if not _touch(copy):
+                    self._fetch(url, copy, expected, asked)
+        except OSError as error:
+            hint = "lower data.cache_gigabytes" if error.errno == errno.ENOSPC else "set data.cache"
+            raise ConfigError(f"cannot write to the cache {self.folder}: {error.strerror or error}; {hint}") from error
+        return copy
+
+    def _fetch(self, url: str, copy: Path, expected: ShardDescription | None, asked: float) -> None:
+        failure = _beside(copy, ".failed")
+        with contextlib.suppress(FileNotFoundError):
+            if failure.stat().st_mtime >= asked:  # while this process waited: trying again would only take as long
+                raise RemoteError(failure.read_text())
+        part = _beside(copy, f".{uuid.uuid4().hex}.part")
+        try:
+            self.remote.fetch(url, part, lambda size: self._make_room(size, part), expected)
+            self._make_room(0, part)  # where its size was not known
+            os.replace(part, copy)
+        except RemoteError as error:
+            write_atomically(failure, str(error).encode())
+            raise
         finally:
             part.unlink(missing_ok=True)
+        failure.unlink(missing_ok=True)
 
-    def _make_room(self, size: int) -> None:
-        """Removes copies, the least recently used first, until `size` more bytes fit."""
-        if size > self.limit_bytes:
-            raise _too_large(size, self.limit_bytes)
-        with locked(self.folder / "locks" / "eviction.lock"):
-            copies = sorted(_copies(self.folder), key=lambda copy: copy[1].st_atime_ns)
-            excess = sum(status.st_size for _, status in copies) + size - self.limit_bytes
-            for path, status in copies:
-                if excess <= 0:
-                    return
-                if path.suffix != _PART and _remove_unused(path):
-                    excess -= status.st_size
-        if excess > 0:
-            log.warning(
-                "%s holds %.1f GB more than data.cache_gigabytes: all of it is in use (raise it, or lower "
-                "data.open_shards)",
-                self.folder,
-                excess / 1e9,
+    def _make_room(self, size: int, part: Path) -> None:
+        """Removes copies, the least recently opened first, until `size` more bytes fit; `part` then takes them up."""
+        if size > self.limit:
+            raise ConfigError(
+                f"a shard of {size / 1e9:.3g} GB does not fit into the cache: raise data.cache_gigabytes="
+                f"{self.limit / 1e9:g}"
             )
+        with locked(self.folder / "lock"):
+            self._remove_abandoned_parts()
+            files = {path: path.stat() for path in self.folder.iterdir() if path.suffix in (".part", ".tar")}
+            used = sum(status.st_size for status in files.values())
+            for path, status in sorted(files.items(), key=lambda entry: entry[1].st_atime_ns):
+                if used + size <= self.limit:
+                    break
+                if path.suffix == ".tar":
+                    path.unlink(missing_ok=True)
+                    path.with_name(path.name + SUFFIX).unlink(missing_ok=True)
+                    used -= status.st_size
+            if size:
+                os.truncate(part, size)
 
-    @contextlib.contextmanager
-    def _failures_remembered(self, marker: Path) -> Iterator[None]:
-        """A failure costs all processes one wait together, not one each in turn."""
-        with contextlib.suppress(FileNotFoundError):
-            failed = marker.stat().st_mtime
-            if failed > self._born and time.time() - failed < REMEMBER_FAILURE:
-                kind, _, message = marker.read_text().partition("\n")
-                raise (RemoteFileMissing if kind == "missing" else RemoteError)(message)
-        try:
-            yield
-        except RemoteError as error:
-            marker.write_text(f"{'missing' if isinstance(error, RemoteFileMissing) else 'failed'}\n{error}")
-            raise
-        marker.unlink(missing_ok=True)
+    def _remove_abandoned_parts(self) -> None:
+        """Those of processes that were killed: nobody holds the lock."""
+        for part in self.folder.glob(".*.part"):
+            lock = part.with_name(part.name[: -len(".part") - 33] + ".lock")
+            with contextlib.suppress(OSError), lock.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink(missing_ok=True)
 
 
-def _use(path: Path) -> bool:
-    """Whether the copy is there; notes that it was used (the access time of itself may be off or coarse)."""
+def _copy_name(url: str, expected: ShardDescription | None) -> str:
+    """Readable, and different for different URLs and, where it is known, content."""
+    identity = hashlib.sha256(f"{url}\n{expected.sha256 if expected else ''}".encode()).hexdigest()[:16]
+    last = re.sub(r"[^\w.-]", "_", url.split("?")[0].rstrip("/").rpartition("/")[2])[-80:]
+    return f"{identity}-{last.removesuffix('.tar')}.tar"
+
+
+def _beside(copy: Path, suffix: str) -> Path:
+    return copy.with_name(f".{copy.name}{suffix}")
+
+
+def _touch(copy: Path) -> bool:
+    """Whether the copy is there; if so, it counts as just used."""
     try:
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-    except FileNotFoundError:
+        os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
+    except OSError:
         return False
     return True
-
-
-def _copies(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for entry in os.scandir(folder):
-        if entry.name.endswith((".tar", _PART)):
-            with contextlib.suppress(FileNotFoundError):
-                yield Path(entry.path), entry.stat()
-
-
-def _remove_unused(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-    except BlockingIOError:
-        return False
-    except FileNotFoundError:
-        return True
-    return True
-
-
-def _too_large(size: int, limit: int) -> RemoteError:
-    return RemoteError(
-        f"the shard's {size / 1e9:.3g} GB exceed the cache's {limit / 1e9:.3g} GB: raise data.cache_gigabytes", True
-    )

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import errno
-import glob
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import numpy as np
 
-from nepa_scale.config import ConfigError, DataConfig
-from nepa_scale.data.description import FILE_NAME, Description
-from nepa_scale.data.index_files import index_file
+from nepa_scale.config import DataConfig
+from nepa_scale.data.index_files import find_index, make_index
+from nepa_scale.data.remote import MissingRemote, Remote, RemoteError, is_remote
+from nepa_scale.data.shard_cache import ShardCache
+from nepa_scale.data.shard_opening import OpenedShard, open_shards, unreadable
+from nepa_scale.data.sources import Source, nothing_found, resolve
 from nepa_scale.data.tar_index import NO_LABEL, Entry, ShardIndex
 
-OPEN_FILES = 128  # shards a process keeps open: far below the usual limit of 1024 descriptors
+OPEN_FILES = 128  # local shards a process keeps open: far below the usual limit of 1024 descriptors
+_MISSING = "the shard is missing"
+_ATTEMPTS = 10  # to open a copy before another process removes it
 
 
 @dataclass(frozen=True)
@@ -44,71 +45,68 @@ class BadSample(Exception):
         return f"{self.key or 'a sample'} in {self.shard}: {self.why}"
 
 
-@dataclass(frozen=True)
-class _Shard:
-    name: str
-    samples: int
-    index: Path | None  # None: the shard is missing
-
-
 class ShardSet:
     """Random access to the samples of a set of WebDataset tars, in shard order then tar order.
 
     Made by `open`. Sample n is a number in [0, len). Pickles small: processes open files as they need them.
+
+    names: path or URL of each shard
+    shard_sizes: samples of each shard
+    classes: as `dataset.json` states, else the largest label + 1; None without labels
+    class_names: in the order of the labels, where `dataset.json` states them
+    remote: whether shards are fetched, each as a whole when its first sample is read
     """
 
-    def __init__(self, shards: list[_Shard], description: Description | None) -> None:
-        self.names = [shard.name for shard in shards]
+    def __init__(self, source: Source, shards: list[OpenedShard], cache: ShardCache, open_files: int) -> None:
+        self.names = source.locations
         self.shard_sizes = [shard.samples for shard in shards]
-        self.remote = False
-        self.class_names = description.class_names if description else None
-        self._described_classes = description.classes if description else None
+        self.remote = any(map(is_remote, self.names))
+        self.class_names = source.class_names
+        largest = max(shard.largest_label for shard in shards)
+        self.classes = source.classes if source.classes is not None or largest == NO_LABEL else largest + 1
+        self._expected = {name: shard for name, shard in source.described.items() if is_remote(name)}
+        self._missing = [shard.missing for shard in shards]
         self._index_files = [shard.index for shard in shards]
         self._ends = np.cumsum(self.shard_sizes, dtype=np.int64)
+        self._cache, self._open_files = cache, open_files
         self._forget_process_state()
 
     @classmethod
     def open(cls, source: str, data: DataConfig) -> ShardSet:
-        """Opens a folder of shards, a tar, a brace or glob pattern, a `.txt` file with one of these a line, or
-        several joined by `::`. Shards without a current index are indexed, which reads their headers once.
+        """Opens a folder of shards, a tar, a brace or glob pattern, a URL (`http(s)://`, and `s3://`, `gs://`, `hf://`
+        and the like through fsspec), a `.txt` file with one of these a line, or several joined by `::`.
+
+        Local shards without a current index are indexed, which reads their headers once. Remote ones are counted by
+        the `dataset.json` or the index beside them, and where they have neither, all of them are fetched.
 
         Raises:
             ConfigError: nothing is found there, or it cannot be read.
+            RemoteError: a server does not answer.
         """
-        cache = cache_folder(data)
-        paths, description = _resolve(source)
-        described = {shard.name: shard.samples for shard in description.shards} if description else {}
-        shards = [_open_shard(path, described.get(path.name, 1), cache) for path in paths]
-        if all(shard.index is None for shard in shards):
-            raise _nothing_found(source)
-        return cls(shards, description)
+        cache = ShardCache.from_config(data)
+        found = resolve(source, Remote.from_config(data))
+        shards = open_shards(found, cache)
+        if all(shard.missing for shard in shards):
+            raise nothing_found(source)
+        # a copy that is removed from the cache takes up space for as long as it is open
+        return cls(found, shards, cache, data.open_shards if any(map(is_remote, found.locations)) else OPEN_FILES)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    @cached_property
-    def classes(self) -> int | None:
-        """The number of classes that `dataset.json` states, else the largest label + 1; None without labels."""
-        if self._described_classes is not None:
-            return self._described_classes
-        labels = [int(self._index(n).labels.max()) for n, path in enumerate(self._index_files) if path is not None]
-        largest = max(labels, default=NO_LABEL)
-        return None if largest == NO_LABEL else largest + 1
 
     def read(self, sample: int) -> RawSample:
         """Reads sample number `sample`.
 
         Raises:
             BadSample: it is damaged, incomplete or missing.
+            RemoteError: its shard cannot be fetched.
             IndexError: there is no such number.
         """
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} is not in [0, {len(self)})")
         shard = int(np.searchsorted(self._ends, sample, side="right"))
         name = self.names[shard]
-        if self._index_files[shard] is None:
-            raise BadSample(name, "", "the shard is missing")
-        entry = self._index(shard)[sample - int(self._ends[shard]) + self.shard_sizes[shard]]
+        entry = self._entry(shard, sample - int(self._ends[shard]) + self.shard_sizes[shard])
         if entry.flaw is not None:
             raise BadSample(name, entry.key, entry.flaw)
         try:
@@ -121,42 +119,82 @@ class ShardSet:
 
     def entries(self, shard: int) -> Iterator[Entry]:
         """What the index of shard number `shard` says of its samples, in tar order."""
-        index = self._index(shard) if self._index_files[shard] is not None else None
-        for number in range(self.shard_sizes[shard]):
-            yield index[number] if index is not None else Entry("", 0, 0, NO_LABEL, "the shard is missing")
+        return (self._entry(shard, number) for number in range(self.shard_sizes[shard]))
 
     def ensure_local(self, shard: int) -> Path:
-        """The path of shard number `shard` on this machine."""
-        return Path(self.names[shard])
+        """The path of shard number `shard` on this machine; a remote one is fetched as a whole, once for all processes.
+
+        The copy of a remote shard may be removed to make room for others; who has it open can go on reading it.
+
+        Raises:
+            MissingRemote: there is no such file.
+            RemoteError: it cannot be fetched.
+            ConfigError: it does not fit into the cache.
+        """
+        name = self.names[shard]
+        return self._cache.local(name, self._expected.get(name)) if is_remote(name) else Path(name)
+
+    def _entry(self, shard: int, number: int) -> Entry:
+        if self._missing[shard]:
+            return _flawed(_MISSING)
+        try:
+            index = self._index(shard)
+        except (MissingRemote, FileNotFoundError):
+            self._missing[shard] = True
+            return _flawed(_MISSING)
+        return index[number] if number < len(index) else _flawed("the shard holds fewer samples than were counted")
 
     def _index(self, shard: int) -> ShardIndex:
         index = self._indices.get(shard)
         if index is None:
-            path = self._index_files[shard]
-            assert path is not None
-            index = self._indices[shard] = ShardIndex.load(path)
+            index = self._indices[shard] = self._load_index(shard)
         return index
 
+    def _load_index(self, shard: int) -> ShardIndex:
+        path = self._index_files[shard]
+        if path is not None and path.exists():
+            return ShardIndex.load(path)
+        try:
+            local = self._open_local(shard)
+            return (find_index(local, self._cache.folder) or make_index(local, self._cache.folder))[1]
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise unreadable(self.names[shard], error) from error
+
     def _descriptor(self, shard: int) -> int:
-        if os.getpid() != self._process:
-            self._forget_process_state()
-        descriptor = self._descriptors.get(shard)
-        if descriptor is not None:
+        if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
-            return descriptor
-        if len(self._descriptors) >= OPEN_FILES:
+        else:
+            self._open_local(shard)
+        return self._descriptors[shard]
+
+    def _open_local(self, shard: int) -> Path:
+        """Opens the shard in this process, where it then stays readable, and gives its path."""
+        for _ in range(_ATTEMPTS):
+            path = self.ensure_local(shard)
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                break
+            except FileNotFoundError:  # a copy that another process removed just now
+                if not is_remote(self.names[shard]):
+                    raise
+        else:
+            raise RemoteError(f"the cache has no room for {self.names[shard]}: raise data.cache_gigabytes")
+        if shard in self._descriptors:
+            os.close(self._descriptors.pop(shard))
+        elif len(self._descriptors) >= self._open_files:
             os.close(self._descriptors.popitem(last=False)[1])
-        descriptor = self._descriptors[shard] = os.open(self.ensure_local(shard), os.O_RDONLY | os.O_CLOEXEC)
-        return descriptor
+        self._descriptors[shard] = descriptor
+        return path
 
     def _forget_process_state(self) -> None:
-        self._process = os.getpid()
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._indices: dict[int, ShardIndex] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_process", "_descriptors", "_indices"):
+        for name in ("_descriptors", "_indices"):
             del state[name]
         return state
 
@@ -165,63 +203,9 @@ class ShardSet:
         self._forget_process_state()
 
     def __del__(self) -> None:
-        if self.__dict__.get("_process") == os.getpid():
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
+        for descriptor in self.__dict__.get("_descriptors", {}).values():
+            os.close(descriptor)
 
 
-def cache_folder(data: DataConfig) -> Path:
-    """Where copies of remote shards, and the indices that cannot lie beside their shards, are kept."""
-    return Path(data.cache).expanduser() if data.cache else Path.home() / ".cache" / "nepa_scale" / "shards"
-
-
-def _open_shard(path: Path, samples: int, cache: Path) -> _Shard:
-    """samples: how many the shard should hold, which counts where it is missing"""
-    try:
-        index = index_file(path, cache)
-        return _Shard(str(path), len(ShardIndex.load(index)), index)
-    except FileNotFoundError:
-        return _Shard(str(path), samples, None)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot open the shard {path}: {error.strerror or error}"
-            + (f" (its index is kept in {cache}: set data.cache)" if error.errno in (errno.EACCES, errno.EROFS) else "")
-        ) from error
-
-
-def _resolve(source: str) -> tuple[list[Path], Description | None]:
-    """The shards that `source` names, and the description of the set where it is one described folder."""
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / FILE_NAME).is_file():
-        description = Description.from_json((path / FILE_NAME).read_bytes(), str(path / FILE_NAME))
-        return [path / shard.name for shard in description.shards], description
-    parts = [part.strip() for part in source.split("::")]
-    if path.suffix == ".txt" and path.is_file():
-        lines = path.read_text().splitlines()
-        parts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    paths = [found for part in parts if part for found in _expand(part)]
-    if not paths:
-        raise _nothing_found(source)
-    return paths, None
-
-
-def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        if (path / FILE_NAME).is_file():
-            return _resolve(pattern)[0]
-        return sorted(path.glob("*.tar"))
-    if path.exists():
-        return [path]
-    found = []
-    for name in braceexpand.braceexpand(str(path)):
-        found += [Path(match) for match in sorted(glob.glob(name))] if glob.has_magic(name) else [Path(name)]
-    return found
-
-
-def _nothing_found(source: str) -> ConfigError:
-    if "data/demo" in source:
-        remedy = "make the demo's with `make demo`"
-    else:
-        remedy = "make them with `python tools/make_shards.py IMAGES FOLDER`"
-    return ConfigError(f"no shards are found at '{source}': {remedy}")
+def _flawed(why: str) -> Entry:
+    return Entry("", 0, 0, NO_LABEL, why)

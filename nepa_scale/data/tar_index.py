@@ -182,6 +182,8 @@ def _members(window: _Window, path: Path, at: int, end: int) -> Iterator[Member]
         if regular:
             yield member
         at = member.offset + (member.size + _BLOCK - 1) // _BLOCK * _BLOCK
+    if at:
+        raise DamagedTar("the shard has no end mark: it is cut short")
 
 
 def _plain_member(header: bytes, at: int) -> Member:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from nepa_scale.config import ConfigError
 from nepa_scale.data.crops import Box, EncodedImage, UndecodableImage
 from nepa_scale.data.description import FILE_NAME, Description, ShardDescription
 from nepa_scale.data.parallel import in_parallel
+from nepa_scale.data.safe_files import sha256
 from nepa_scale.data.tar_index import NO_LABEL, SUFFIX, Entry, ShardIndex, index_shard
 
-_CHUNK = 1 << 20
 _DECODED = (64, 64)  # size to which images are brought, which reads all of their bytes
 
 
@@ -75,7 +74,7 @@ def _check(job: _Job) -> tuple[list[Problem], list[str]]:
     name, problems = job.tar.name, []
     index = index_shard(job.tar)
     if job.described is not None:
-        if job.tar.stat().st_size != job.described.bytes or _sha256(job.tar) != job.described.sha256:
+        if job.tar.stat().st_size != job.described.bytes or sha256(job.tar) != job.described.sha256:
             problems.append(Problem(name, "", "its bytes are not those that were written (checksum)"))
         if len(index) != job.described.samples:
             problems.append(Problem(name, "", f"it holds {len(index)} samples, not {job.described.samples}"))
@@ -114,14 +113,6 @@ def _same_index(fresh: ShardIndex, path: Path) -> bool:
     except (ValueError, OSError):
         return False
     return len(kept) == len(fresh) and all(kept[number] == fresh[number] for number in range(len(fresh)))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _repeated_keys(shards: list[tuple[str, list[str]]]) -> list[Problem]:

@@ -1,0 +1,143 @@
+"""Which shards a source names: folders, tars, patterns, lists and URLs of them, and what is known of them at once."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import braceexpand
+
+from nepa_scale.config import ConfigError
+from nepa_scale.data.description import FILE_NAME, Description, ShardDescription
+from nepa_scale.data.remote import PIPE, MissingRemote, RefusedRemote, Remote, file_system_of, is_remote
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards in order, by path or URL, and what `dataset.json` files say of them."""
+
+    locations: list[str]
+    described: dict[str, ShardDescription]
+    classes: int | None
+    class_names: list[str] | None
+
+
+def resolve(source: str, remote: Remote) -> Source:
+    """Resolves a folder, a tar, a brace or glob pattern, a URL or `pipe:` command, a `.txt` file with one of these a
+    line, or several of them joined by `::`.
+
+    Raises:
+        ConfigError: nothing is there, or a `dataset.json` is damaged.
+        RemoteError: a server does not answer.
+    """
+    finder = _Finder(remote)
+    locations = [location for part in _parts(source) for location in finder.find(part)]
+    if not locations:
+        raise nothing_found(source)
+    by_folder = {folder: finder.description(folder) for folder in dict.fromkeys(map(_parent, locations))}
+    by_name = {
+        (folder, shard.name): shard for folder, found in by_folder.items() for shard in (found.shards if found else [])
+    }
+    places = {location: (_parent(location), _name(location)) for location in locations}
+    described = {location: by_name[place] for location, place in places.items() if place in by_name}
+    classes, names = None, None
+    if len(described) == len(places):
+        folders = [description for description in by_folder.values() if description]
+        if all(folder.classes is not None for folder in folders):
+            classes = max(folder.classes or 0 for folder in folders)
+        if all(folder.class_names == folders[0].class_names for folder in folders):
+            names = folders[0].class_names
+    return Source(locations, described, classes, names)
+
+
+def nothing_found(source: str) -> ConfigError:
+    """The error for a source without shards, with the way to make some."""
+    if "data/demo" in source:
+        remedy = "make the demo's with `make demo`"
+    else:
+        remedy = "make them with `python tools/make_shards.py IMAGES FOLDER`"
+    return ConfigError(f"no shards are found at '{source}': {remedy}")
+
+
+def _parts(source: str) -> list[str]:
+    path = Path(source).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        return [line for line in lines if line and not line.startswith("#")]
+    return [part.strip() for part in source.split("::") if part.strip()]
+
+
+class _Finder:
+    """Expands parts of a source; reads each `dataset.json` once."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._descriptions: dict[str, Description | None] = {}
+
+    def find(self, part: str) -> Iterator[str]:
+        """The shards of one folder, pattern or URL."""
+        if is_remote(part):
+            self._remote.check(part)
+            for url in braceexpand.braceexpand(part):
+                yield from self._find_url(url.removeprefix("file://"))
+            return
+        path = Path(part).expanduser()
+        names = [str(path)] if path.exists() else braceexpand.braceexpand(str(path))
+        for name in names:
+            if Path(name).is_dir():
+                yield from self._folder(name) or sorted(map(str, Path(name).glob("*.tar")))
+            elif glob.has_magic(name) and not Path(name).exists():
+                yield from sorted(glob.glob(name))
+            else:
+                yield name
+
+    def _find_url(self, url: str) -> list[str]:
+        if url.startswith(PIPE) or not is_remote(url):
+            return [url] if url.startswith(PIPE) else list(self.find(url))
+        web = urlsplit(url).scheme in ("http", "https")
+        if not web and glob.has_magic(url):
+            return _remote_glob(url)
+        if urlsplit(url).path.endswith(".tar"):
+            return [url]
+        return self._folder(url.rstrip("/")) or ([] if web else _remote_glob(f"{url.rstrip('/')}/*.tar"))
+
+    def _folder(self, folder: str) -> list[str]:
+        description = self.description(folder)
+        return [f"{folder}/{shard.name}" for shard in description.shards] if description else []
+
+    def description(self, folder: str) -> Description | None:
+        """The `dataset.json` of a folder or of a URL's parent; None where there is none."""
+        if folder not in self._descriptions:
+            where = f"{folder}/{FILE_NAME}" if folder else FILE_NAME
+            self._descriptions[folder] = self._read(where)
+        return self._descriptions[folder]
+
+    def _read(self, where: str) -> Description | None:
+        if where.startswith(PIPE):
+            return None
+        try:
+            content = self._remote.read_small(where) if is_remote(where) else Path(where).read_bytes()
+        except (MissingRemote, RefusedRemote, FileNotFoundError, NotADirectoryError):
+            return None
+        return Description.from_json(content, where)
+
+
+def _remote_glob(pattern: str) -> list[str]:
+    file_system, path = file_system_of(pattern)
+    try:
+        return [file_system.unstrip_protocol(found) for found in sorted(file_system.glob(path))]
+    except Exception as error:  # each file system has its own
+        raise ConfigError(f"cannot list {pattern}: {type(error).__name__}: {error}") from error
+
+
+def _parent(location: str) -> str:
+    if location.startswith(PIPE):
+        return PIPE
+    return location.split("?")[0].rpartition("/")[0] if is_remote(location) else str(Path(location).parent)
+
+
+def _name(location: str) -> str:
+    return location.rpartition("/")[2] if is_remote(location) else Path(location).name
