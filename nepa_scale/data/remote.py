@@ -205,7 +205,8 @@ def _open(url: str, timeout: float) -> Iterator[_Stream]:
 def _open_http(url: str, timeout: float) -> Iterator[_Stream]:
     request = urllib.request.Request(url, headers={"User-Agent": "nepa_scale", "Accept-Encoding": "identity"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        # the transfer's watcher speaks first; the socket's timeout only ends a thread that was abandoned
+        with urllib.request.urlopen(request, timeout=2 * timeout) as response:
             length = response.headers.get("Content-Length", "")
             yield _Stream(iter(lambda: response.read1(_CHUNK), b""), int(length) if length.isdigit() else None)
     except urllib.error.HTTPError as error:
@@ -215,7 +216,7 @@ def _open_http(url: str, timeout: float) -> Iterator[_Stream]:
             raise RefusedRemote(f"cannot read {url}: HTTP {error.code} {error.reason}") from error
         raise _Transient(f"HTTP {error.code} {error.reason}") from error
     except TimeoutError as error:
-        raise _Transient(f"the server was silent for {timeout:g} s") from error
+        raise _Transient("the server was silent") from error
     except urllib.error.URLError as error:
         raise _Transient(str(error.reason)) from error
     except (ConnectionError, ssl.SSLError, http.client.HTTPException) as error:

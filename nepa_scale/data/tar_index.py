@@ -168,6 +168,7 @@ class _Window:
 
 def _members(window: _Window, path: Path, at: int, end: int) -> Iterator[Member]:
     """Plain headers are read here, long names and other rarities by `tarfile`."""
+    content_end = 0
     while at < end:
         header = window.read(at, _BLOCK)
         if not header.strip(b"\0"):
@@ -181,8 +182,9 @@ def _members(window: _Window, path: Path, at: int, end: int) -> Iterator[Member]
             member, regular = _rare_member(path, at)
         if regular:
             yield member
+        content_end = member.offset + member.size
         at = member.offset + (member.size + _BLOCK - 1) // _BLOCK * _BLOCK
-    if at:
+    if 0 < content_end <= end:  # else the last member is known to be cut
         raise DamagedTar("the shard has no end mark: it is cut short")
 
 
