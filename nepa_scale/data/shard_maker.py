@@ -29,6 +29,7 @@ from nepa_scale.data.shard_writer import SourceSample, write_shard
 
 SAMPLES_PER_SHARD = 1000
 _UNFINISHED = ".making"  # the folder in the output that is there until the set is complete
+_RECIPE = "recipe.json"  # in it, once the first shard is about to be written
 
 
 class _Job(NamedTuple):
@@ -78,7 +79,7 @@ def make_shards(
         recipe = settings | {"input_sha256": _fingerprint(listing)}
         if (complete := _complete(output, recipe)) is not None:
             return complete
-        _keep_recipe(unfinished / "recipe.json", recipe, output)
+        _keep_recipe(unfinished / _RECIPE, recipe, output)
         jobs = list(_jobs(listing, output, unfinished, samples_per_shard, resize, quality, seed))
         records = in_parallel(_write, jobs, workers, "writing shards", size=lambda job: len(job.items))
         description = Description(
@@ -113,7 +114,14 @@ def _only_writer(output: Path) -> Iterator[Path]:
             raise ConfigError(f"another process is writing shards to {output}: wait for it, or stop it") from error
         for part in output.glob(".*.part"):  # of a run that was killed
             part.unlink(missing_ok=True)
-        yield unfinished
+        try:
+            yield unfinished
+        except ConfigError:
+            if not (unfinished / _RECIPE).exists():  # nothing was begun: leave no trace
+                shutil.rmtree(unfinished)
+                with contextlib.suppress(OSError):
+                    output.rmdir()
+            raise
         shutil.rmtree(unfinished)
 
 
@@ -131,7 +139,6 @@ def _complete(output: Path, recipe: dict[str, Any]) -> Description | None:
         return None
     description = Description.from_json(path.read_bytes(), str(path))
     if description.recipe != recipe:
-        shutil.rmtree(output / _UNFINISHED)
         raise _other_set(output)
     sizes = {shard.name: shard.bytes for shard in description.shards}
     if all((output / name).exists() and (output / name).stat().st_size == size for name, size in sizes.items()):
