@@ -100,23 +100,42 @@ class Remote:
             OSError: `target` cannot be written.
         """
         self.check(url)
-        for attempt in range(self.retries + 1):
+
+        def attempt() -> None:
+            _Transfer(url, self.timeout, target, reserve).run()
+            if expected is not None and sha256(target) != expected.sha256:
+                raise _Transient("its content is not what dataset.json describes (checksum)")
+
+        try:
+            self._repeat(url, attempt)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+    def matching(self, pattern: str) -> list[str]:
+        """The URLs that match a glob pattern, sorted; not for `http(s)://`, which has no listings.
+
+        Raises:
+            RemoteError: the server does not answer.
+            ConfigError: no library is installed for the protocol.
+        """
+        found: list[str] = []
+        self._repeat(pattern, lambda: found.extend(_Listing(pattern, self.timeout).run()))
+        return found
+
+    def _repeat(self, url: str, attempt: Callable[[], None]) -> None:
+        """Calls `attempt` until it raises no _Transient, with growing pauses."""
+        for number in range(self.retries + 1):
             try:
-                _Transfer(url, self.timeout, target, reserve).run()
-                if expected is not None and sha256(target) != expected.sha256:
-                    raise _Transient("its content is not what dataset.json describes (checksum)")
-                return
+                return attempt()
             except _Transient as error:
-                target.unlink(missing_ok=True)
-                if attempt == self.retries:
-                    attempts = f"{attempt + 1} attempts" if attempt else "one attempt"
+                if number == self.retries:
+                    attempts = f"{number + 1} attempts" if number else "one attempt"
                     raise RemoteError(
                         f"cannot read {url}: {error} ({attempts}; see data.timeout and data.retries)"
                     ) from error
-                time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0))
-            except BaseException:
-                target.unlink(missing_ok=True)
-                raise
+                time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**number) * random.uniform(0.5, 1.0))
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def read_small(self, url: str) -> bytes:
         """The content of a small file; raises what `fetch` raises."""
@@ -134,20 +153,23 @@ class _Transient(Exception):
     """A failure that another attempt may not meet."""
 
 
-class _Transfer:
-    """One attempt to copy `url` to `target`, watched from outside the thread that does it."""
+class _Watched:
+    """Work in a thread of its own, given up when it shows no progress; `_received` is what counts as progress."""
 
-    def __init__(self, url: str, timeout: float, target: Path, reserve: Callable[[int], None]) -> None:
-        self._url, self._timeout, self._target, self._reserve = url, timeout, target, reserve
+    def __init__(self, url: str, timeout: float) -> None:
+        self._url, self._timeout = url, timeout
         self._received = 0
         self._abandoned = False
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._cancel: Callable[[], None] = lambda: None
 
-    def run(self) -> None:
-        """Raises what the transfer raised, or _Transient where it stalls."""
-        threading.Thread(target=self._work, daemon=True, name=f"fetch {self._url}").start()
+    def _work(self) -> None:
+        raise NotImplementedError
+
+    def _wait(self) -> None:
+        """Runs `_work`; raises what it raised, or _Transient where it stalls."""
+        threading.Thread(target=self._guarded, daemon=True, name=f"reading {self._url}").start()
         try:
             self._watch()
         finally:
@@ -155,6 +177,14 @@ class _Transfer:
             self._cancel()
         if self._error is not None:
             raise self._error
+
+    def _guarded(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
 
     def _watch(self) -> None:
         last_byte = window_start = time.monotonic()
@@ -170,23 +200,44 @@ class _Transfer:
                     raise _Transient(f"the server sent fewer than {_SLOWEST} bytes a second")
                 window_start, window_bytes = now, received
 
+
+class _Listing(_Watched):
+    """One attempt to list the files that match a pattern."""
+
+    def run(self) -> list[str]:
+        self._wait()
+        return self._found
+
     def _work(self) -> None:
+        file_system, path = file_system_of(self._url)
         try:
-            with _open(self._url, self._timeout) as stream, self._target.open("wb") as file:
-                self._cancel = stream.cancel
-                if stream.size is not None:
-                    self._reserve(stream.size)
-                for chunk in stream.chunks:
-                    if self._abandoned:
-                        return
-                    file.write(chunk)
-                    self._received += len(chunk)
-            if stream.size is not None and self._received != stream.size:
-                raise _Transient(f"the connection ended after {self._received} of {stream.size} bytes")
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._done.set()
+            self._found = [file_system.unstrip_protocol(name) for name in sorted(file_system.glob(path))]
+        except Exception as error:  # each file system has its own
+            raise _Transient(f"{type(error).__name__}: {error}") from error
+
+
+class _Transfer(_Watched):
+    """One attempt to copy `url` to `target`."""
+
+    def __init__(self, url: str, timeout: float, target: Path, reserve: Callable[[int], None]) -> None:
+        super().__init__(url, timeout)
+        self._target, self._reserve = target, reserve
+
+    def run(self) -> None:
+        self._wait()
+
+    def _work(self) -> None:
+        with _open(self._url, self._timeout) as stream, self._target.open("wb") as file:
+            self._cancel = stream.cancel
+            if stream.size is not None:
+                self._reserve(stream.size)
+            for chunk in stream.chunks:
+                if self._abandoned:
+                    return
+                file.write(chunk)
+                self._received += len(chunk)
+        if stream.size is not None and self._received != stream.size:
+            raise _Transient(f"the connection ended after {self._received} of {stream.size} bytes")
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ class ShardCache:
             self._make_room(0, part)  # where its size was not known
             os.replace(part, copy)
         except RemoteError as error:
-            write_atomically(failure, str(error).encode())
+            write_atomically(failure, str(error).encode(), time.time_ns())
             raise
         finally:
             part.unlink(missing_ok=True)

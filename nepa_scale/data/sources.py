@@ -12,7 +12,7 @@ import braceexpand
 
 from nepa_scale.config import ConfigError
 from nepa_scale.data.description import FILE_NAME, Description, ShardDescription
-from nepa_scale.data.remote import PIPE, MissingRemote, RefusedRemote, Remote, file_system_of, is_remote
+from nepa_scale.data.remote import PIPE, MissingRemote, RefusedRemote, Remote, is_remote
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class _Finder:
             return [url] if url.startswith(PIPE) else list(self.find(url))
         web = urlsplit(url).scheme in ("http", "https")
         if not web and glob.has_magic(url):
-            return _remote_glob(url)
+            return self._remote.matching(url)
         if urlsplit(url).path.endswith(".tar"):
             return [url]
-        return self._folder(url.rstrip("/")) or ([] if web else _remote_glob(f"{url.rstrip('/')}/*.tar"))
+        return self._folder(url.rstrip("/")) or ([] if web else self._remote.matching(f"{url.rstrip('/')}/*.tar"))
 
     def _folder(self, folder: str) -> list[str]:
         description = self.description(folder)
@@ -123,14 +123,6 @@ class _Finder:
         except (MissingRemote, RefusedRemote, FileNotFoundError, NotADirectoryError):
             return None
         return Description.from_json(content, where)
-
-
-def _remote_glob(pattern: str) -> list[str]:
-    file_system, path = file_system_of(pattern)
-    try:
-        return [file_system.unstrip_protocol(found) for found in sorted(file_system.glob(path))]
-    except Exception as error:  # each file system has its own
-        raise ConfigError(f"cannot list {pattern}: {type(error).__name__}: {error}") from error
 
 
 def _parent(location: str) -> str:
