@@ -20,6 +20,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -57,6 +58,14 @@ class CheckpointFailure(RuntimeError):
     """A checkpoint could not be written, and the run was asked to stop in that case."""
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """Why a save failed. A mistake (as opposed to a full disk) is nothing to go on with."""
+
+    reason: str
+    mistake: bool
+
+
 class Checkpointer:
     """Writes the checkpoints of one run; all ranks make one, and make its collective calls in the same order.
 
@@ -83,12 +92,14 @@ class Checkpointer:
         self.stop_on_failure = stop_on_failure
         self._image: PartImage | None = None
         self._pending: list[Future[None]] = []
-        self._failure: str | None = None
+        self._failure: str | None = None  # what `wait` has to raise
         # a group of its own: collectives of one group must come in the same order everywhere, and the loop has its own
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
-        problems = self._exchange(self._attempt(self._prepare))
-        if (problem := first(problems)) is not None:
-            raise ConfigError(f"cannot write checkpoints to {self.folder}: {problem}; choose another folder (output=)")
+        problem: _Problem | None = first(self._exchange(self._attempt(self._prepare)))
+        if problem is not None:
+            raise ConfigError(
+                f"cannot write checkpoints to {self.folder}: {problem.reason}; choose another folder (output=)"
+            )
         # one thread: its jobs run in order, so that what they touch needs no lock
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
@@ -100,6 +111,14 @@ class Checkpointer:
         if self.rank == 0:
             _clean_up(self.folder)
 
+    def reserve(self, shards: list[Shard], *, replicated: bool) -> None:
+        """Takes the host memory of all saves now: whether there is enough is known before the first step, and already
+        the first save stalls for no more than the copy. `save` does it where this was not called."""
+        share = (self.rank, self.world_size) if replicated else (0, 1)
+        if self._image is None or not self._image.fits(shards, share):
+            self._image = None  # frees the old one first
+            self._image = PartImage(shards, share)
+
     def save(self, step: int, shards: list[Shard], *, replicated: bool, meta: dict[str, Any]) -> None:
         """Starts the checkpoint of `step`; returns when the state has been copied. Collective.
 
@@ -108,14 +127,14 @@ class Checkpointer:
         replicated: every rank holds everything, and writes an equal share of it
         meta: fit for JSON; `read_meta` returns it
         Raises:
-            CheckpointFailure: the save before this one failed, and `stop_on_failure`.
+            CheckpointFailure: as `wait`, of the save before this one.
+            TypeError: `meta` is not fit for JSON.
         """
         self.wait()
+        json.dumps(meta)
         fault_point("save-begun")
-        share = (self.rank, self.world_size) if replicated else (0, 1)
-        if self._image is None or not self._image.fits(shards, share):
-            self._image = None  # frees the old one first
-            self._image = PartImage(shards, share)
+        self.reserve(shards, replicated=replicated)
+        assert self._image is not None
         self._image.copy_from(shards)
         fault_point("save-copied")
         shapes = {shard.name: tuple(shard.shape) for shard in shards}
@@ -129,13 +148,14 @@ class Checkpointer:
         """Returns when everything asked for is on the disk, or has failed with a warning.
 
         Raises:
-            CheckpointFailure: a save failed, and `stop_on_failure`. All ranks raise it alike.
+            CheckpointFailure: a save failed, and `stop_on_failure`; or by a mistake, such as shards that leave gaps.
+                All ranks raise it alike.
         """
         pending, self._pending = self._pending, []
         for job in pending:
             job.result()
         failure, self._failure = self._failure, None
-        if failure is not None and self.stop_on_failure:
+        if failure is not None:
             raise CheckpointFailure(failure)
 
     def latest(self) -> Path | None:
@@ -166,18 +186,21 @@ class Checkpointer:
         try:
             problem = self._write(name, image, shapes, meta)
         except RuntimeError as error:  # the others are gone, and with them the checkpoint
-            problem = f"rank {self.rank} lost the other ranks ({' '.join(str(error).split())[:200]})"
-        if problem is not None:
-            previous = self.latest()
-            self._failure = (
-                f"checkpoint {name} was not written: {problem}. "
-                f"The newest complete one is {previous if previous else 'none'}"
-            )
-            if self.rank == 0 and not self.stop_on_failure:
-                _warn(self._failure)
+            problem = _Problem(f"rank {self.rank} lost the other ranks ({' '.join(str(error).split())[:200]})", False)
+        if problem is None:
+            return
+        previous = self.latest()
+        message = (
+            f"checkpoint {name} was not written: {problem.reason}. The newest complete one is "
+            f"{previous if previous else 'none'}"
+        )
+        if problem.mistake or self.stop_on_failure:
+            self._failure = message
+        elif self.rank == 0:
+            _warn(message)
 
-    def _write(self, name: str, image: PartImage, shapes: Any, meta: dict[str, Any]) -> str | None:
-        """Steps 2 to 4 of the module's docstring; the reason of a failure, the same on all ranks, or None."""
+    def _write(self, name: str, image: PartImage, shapes: Any, meta: dict[str, Any]) -> _Problem | None:
+        """Steps 2 to 4 of the module's docstring; why that failed, the same on all ranks, or None."""
         temporary = self.folder / f"{_HIDDEN}{name}"
 
         def make_folder() -> None:
@@ -200,7 +223,7 @@ class Checkpointer:
                 self._publish(temporary, name)
 
         written: list[Any] = []
-        problem: str | None = first(self._exchange(self._attempt(make_folder)))
+        problem: _Problem | None = first(self._exchange(self._attempt(make_folder)))
         if problem is None:
             problem = first(self._exchange(self._attempt(write_part)))
         if problem is None:
@@ -208,7 +231,7 @@ class Checkpointer:
             problem = self._attempt(publish)
         if problem is not None and self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        agreed: str | None = first(self._exchange(problem))
+        agreed: _Problem | None = first(self._exchange(problem))
         return agreed
 
     def _publish(self, temporary: Path, name: str) -> None:
@@ -259,17 +282,18 @@ class Checkpointer:
         temporary.replace(self.folder / "best.json")
         _point("best", path)
 
-    def _attempt(self, action: Callable[[], None]) -> str | None:
-        """Runs `action`; the reason for which it failed, or None."""
+    def _attempt(self, action: Callable[[], None]) -> _Problem | None:
+        """Runs `action`; why that failed, whatever it was: the other ranks are waiting to hear of it."""
+        where = f" on rank {self.rank}" if self.world_size > 1 else ""
         try:
             action()
         except OSError as error:
-            reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-        except ValueError as error:
-            reason = str(error)
-        else:
-            return None
-        return f"{reason} on rank {self.rank}" if self.world_size > 1 else reason
+            return _Problem(
+                f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}{where}", False
+            )
+        except Exception as error:
+            return _Problem(f"{type(error).__name__}: {error}{where}", True)
+        return None
 
     def _exchange(self, value: Any) -> list[Any]:
         """Every rank's `value`, over the group of the background."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from nepa_scale.config import ConfigError
 from nepa_scale.sharding.shard import Shard
@@ -189,14 +191,28 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_a_warning(
     assert_holds(small_disk, 3, HALF_MEGABYTE)
 
 
-def test_state_that_does_not_add_up_is_not_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    checkpointer = Checkpointer(tmp_path, keep=5, rank=0, world_size=1)
+def save_nine_of_ten(rank: int, world_size: int, run: str) -> None:
+    checkpointer = Checkpointer(Path(run), keep=5, rank=rank, world_size=world_size)
     (shard,) = whole_state(1, {"a": (10,)})
-    tensors = {kind: tensor[:9] for kind, tensor in shard.tensors.items()}
-    checkpointer.save(1, [Shard("a", (10,), 0, 9, tensors)], replicated=False, meta={})
+    start, stop = (0, 5) if rank == 0 else (6, 10)
+    tensors = {kind: tensor[start:stop] for kind, tensor in shard.tensors.items()}
+    checkpointer.save(1, [Shard("a", (10,), start, stop, tensors)], replicated=False, meta={})
+    with pytest.raises(CheckpointFailure, match=r"ranges of a .master. leave gaps or overlap on rank 0"):
+        checkpointer.wait()
     checkpointer.close()
-    assert "leave gaps or overlap" in capfd.readouterr().err
+
+
+def test_state_that_does_not_add_up_stops_all_ranks(tmp_path: Path) -> None:
+    assert run_ranks(2, save_nine_of_ten, str(tmp_path)) == [0, 0]
     assert steps_in(tmp_path) == []
+    assert leftovers(tmp_path) == []
+
+
+def test_meta_that_is_not_json_is_refused_at_once(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, keep=5, rank=0, world_size=1)
+    with pytest.raises(TypeError, match="PosixPath"):
+        checkpointer.save(1, whole_state(1, SMALL), replicated=True, meta={"output": tmp_path})
+    checkpointer.close()
 
 
 def test_a_folder_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
@@ -247,6 +263,41 @@ def test_a_save_returns_before_it_is_written_and_the_next_waits(
     assert_holds(tmp_path, 2)
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000002")
     assert_holds(tmp_path, 1)
+
+
+def train_while_saving(rank: int, world_size: int, run: str) -> None:
+    write = PartImage.write
+
+    def slow(self: PartImage, path: Path) -> Any:
+        time.sleep(0.2 * (rank + 1))
+        return write(self, path)
+
+    PartImage.write = slow  # type: ignore[method-assign]
+    checkpointer = Checkpointer(Path(run), keep=5, rank=rank, world_size=world_size)
+    for step in (1, 2):
+        checkpointer.save(step, whole_state(step, SMALL), replicated=True, meta={"step": step})
+        for number in range(200):
+            total = torch.tensor(float(rank + number))
+            dist.all_reduce(total)
+            assert total == 1 + 2 * number
+    assert not (Path(run) / "checkpoints" / "step_00000002").exists(), "nothing was left to overlap"
+    checkpointer.wait()
+    checkpointer.close()
+
+
+def test_training_talks_between_ranks_while_a_save_does(tmp_path: Path) -> None:
+    assert run_ranks(2, train_while_saving, str(tmp_path)) == [0, 0]
+    assert_holds(tmp_path, 2)
+
+
+def leave_without_waiting(rank: int, world_size: int, run: str) -> None:
+    checkpointer = Checkpointer(Path(run), keep=5, rank=rank, world_size=world_size)
+    checkpointer.save(1, whole_state(1, SMALL), replicated=True, meta={"step": 1})
+    raise SystemExit(3)
+
+
+def test_a_rank_that_leaves_with_a_save_under_way_does_not_hang(tmp_path: Path) -> None:
+    assert run_ranks(2, leave_without_waiting, str(tmp_path), timeout=20) == [3, 3]
 
 
 def test_host_memory_is_reused(tmp_path: Path) -> None:
