@@ -25,6 +25,11 @@ LINE_EVERY = 10.0  # seconds between lines where stderr is a file
 _THREADS = 8  # for work that waits for disks and servers
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_parallel(
     work: Callable[[J], R],
     jobs: Sequence[J],

@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from nepa_scale.data.description import FILE_NAME, Description, ShardDescription
 from nepa_scale.data.ingest import list_input
 from nepa_scale.data.listing import Item, Listing
 from nepa_scale.data.order import Permutation
-from nepa_scale.data.parallel import in_parallel
+from nepa_scale.data.parallel import in_parallel, usable_cores
 from nepa_scale.data.reencode import reencode
 from nepa_scale.data.safe_files import write_atomically
 from nepa_scale.data.shard_writer import SourceSample, write_shard
@@ -72,7 +71,9 @@ def make_shards(
     """
     output = Path(output).expanduser()
     _check_arguments(samples_per_shard, resize, quality)
-    workers = workers or len(os.sched_getaffinity(0))
+    if Path(source).expanduser().resolve() in output.resolve().parents:
+        raise ConfigError(f"the output {output} lies in the input, and would be taken for a class: name another folder")
+    workers = workers or usable_cores()
     with _only_writer(output) as unfinished:
         listing = list_input(str(source), unfinished / "parquet", devkit=devkit, class_list=class_list, workers=workers)
         settings = {"seed": seed, "samples_per_shard": samples_per_shard, "resize": resize, "quality": quality}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from nepa_scale.config import ConfigError
 from nepa_scale.data.crops import Box, EncodedImage, UndecodableImage
 from nepa_scale.data.description import FILE_NAME, Description, ShardDescription
-from nepa_scale.data.parallel import in_parallel
+from nepa_scale.data.parallel import in_parallel, usable_cores
 from nepa_scale.data.safe_files import sha256
 from nepa_scale.data.tar_index import NO_LABEL, SUFFIX, Entry, ShardIndex, index_shard
 
@@ -61,9 +61,7 @@ def verify(folder: str | Path, workers: int | None = None) -> Verification:
     if not tars:
         raise ConfigError(f"no shards are found in {folder}")
     jobs = [_Job(tar, described.get(name), classes) for name, tar in tars.items()]
-    found = in_parallel(
-        _check, jobs, workers or len(os.sched_getaffinity(0)), "verifying", size=lambda job: job.tar.stat().st_size
-    )
+    found = in_parallel(_check, jobs, workers or usable_cores(), "verifying", size=lambda job: job.tar.stat().st_size)
     problems += [problem for problems_of_shard, _ in found for problem in problems_of_shard]
     problems += _repeated_keys([(job.tar.name, keys) for job, (_, keys) in zip(jobs, found, strict=True)])
     return Verification(sum(len(keys) for _, keys in found), problems)

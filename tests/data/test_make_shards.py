@@ -426,6 +426,8 @@ def test_inputs_that_are_not_understood(tree: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=why):
             make_shards(source, tmp_path / "out", workers=1)
         assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="lies in the input"):
+        make_shards(tree, tree / "shards", workers=1)
     for wrong in ({"samples_per_shard": 0}, {"resize": 0}, {"quality": 101}):
         with pytest.raises(ConfigError):
             make_shards(tree, tmp_path / "out", workers=1, **wrong)  # type: ignore[arg-type]
