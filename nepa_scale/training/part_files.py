@@ -1,7 +1,7 @@
 """Part files of a checkpoint: safetensors of flat float32 ranges, with a checksum for each block of bytes.
 
-Checksums are XXH3 (64 bits): they find damage, not malice, and cost a tenth of what copying memory costs. They are kept
-per block so that a reader verifies all that it reads and still reads no more than the blocks it needs.
+Checksums are XXH3 (64 bits): they find damage, not malice, and a core makes them many times faster than a disk writes.
+They are kept per block so that a reader verifies all that it reads and still reads no more than the blocks it needs.
 """
 
 from __future__ import annotations
