@@ -47,7 +47,8 @@ def in_parallel(
     workers = min(workers, len(jobs))
     if workers <= 1:
         return _collect(((number, work(job)) for number, job in enumerate(jobs)), jobs, title, size)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])  # imported once, not by each worker
     with ProcessPoolExecutor(workers, context, initializer=_prepare_worker) as pool:
         try:
             return _collect(_completed(pool, work, jobs), jobs, title, size)
