@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import shutil
 import tarfile
 import time
 from collections.abc import Iterable
@@ -230,7 +229,6 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, data: DataConfig, junk: b
     assert ShardSet.open(str(path), data).read(0).key == "a"
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root can write everywhere")
 def test_the_index_of_a_read_only_folder_goes_to_the_cache(
     tmp_path: Path, data: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
