@@ -10,6 +10,7 @@ Reads top to bottom: config -> task -> strategy -> loop.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -71,6 +72,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one rank; returns its exit status: 0 done, 1 failed, 2 the user's to mend."""
+    # the processes that read data are forked from a server that has imported all of this once
+    multiprocessing.set_forkserver_preload(["nepa_scale.train"])
     arguments = parse_arguments(argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:

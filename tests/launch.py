@@ -21,7 +21,7 @@ TRAIN = REPOSITORY / "nepa_scale" / "train.py"
 TINY = [
     "model.width=48", "model.depth=2", "model.heads=3", "model.patch_size=8", "model.image_size=32",
     "model.layer_scale=0.1", "optimizer.lr=1e-3", "schedule.warmup_steps=2", "train.steps=6",
-    "train.global_batch_size=8", "train.precision=fp32", "train.log_every=1", "ema.decay=0.9", "data.workers=1",
+    "train.global_batch_size=8", "data.val=null", "train.precision=fp32", "train.log_every=1", "ema.decay=0.9", "data.workers=1",
 ]  # fmt: skip
 
 

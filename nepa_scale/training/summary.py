@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nepa_scale.training.curves import plot_curves
 from nepa_scale.training.loop import Run
 from nepa_scale.training.run_folder import read_json_lines
 
@@ -26,17 +25,19 @@ def print_plan(run: Run, start: int, samples: int) -> None:
 
 def print_summary(folder: Path) -> None:
     """The result of a finished run: last loss, kNN accuracy against its baselines, and where the curves are."""
+    from nepa_scale.training.curves import plot_curves  # imports matplotlib, which takes a second
+
     rows = read_json_lines(folder / "metrics.jsonl")
     losses = [row for row in rows if "loss" in row]
     scores = [row for row in rows if "knn_top1" in row]
     print(f"\nfinished {folder}")
     if losses:
-        print(f"  loss                    {losses[-1]['loss']:.4f}  (step {losses[-1]['step']})")
+        print(f"  loss                          {losses[-1]['loss']:.4f}  (step {losses[-1]['step']})")
     if scores:
         first, last = scores[0], scores[-1]
-        print(f"  kNN top-1, trained      {last['knn_top1']:.1%}")
+        print(f"  kNN top-1, trained            {last['knn_top1']:.1%}")
         for key, label in (("knn_top1_untrained", "untrained network"), ("knn_top1_pixels", "raw pixels")):
             if key in first:
                 margin = 100 * (last["knn_top1"] - first[key])
-                print(f"  kNN top-1, {label:<12} {first[key]:.1%}  (trained {margin:+.1f} points)")
-    print(f"  curves                  {plot_curves(folder)}", flush=True)
+                print(f"  kNN top-1, {label:<18} {first[key]:.1%}  (trained {margin:+.1f} points)")
+    print(f"  curves                        {plot_curves(folder)}", flush=True)
