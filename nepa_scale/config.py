@@ -116,6 +116,8 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 1000  # steps; the last step is always saved. 0: only the last
     keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # and those of steps that are multiples of this; 0: none
+    stop_on_failure: bool = False  # a save that fails (disk full) is a warning, unless this is set
 
 
 @dataclass
@@ -176,6 +178,12 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "data.workers": (0, 1024),
     "data.open_shards": (1, 10_000),
     "data.max_bad_fraction": (0.0, 1.0),
+    "data.timeout": (0.01, float("inf")),
+    "data.retries": (0, 1000),
+    "data.cache_gigabytes": (0.001, float("inf")),
+    "optimizer.base_lr": (0.0, float("inf")),
+    "optimizer.lr": (0.0, float("inf")),
+    "optimizer.eps": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, 10.0),
     "optimizer.clip": (0.0, float("inf")),
     "schedule.final_lr_fraction": (0.0, 1.0),
@@ -188,6 +196,7 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "train.timeout": (1.0, float("inf")),
     "checkpoint.every": (0, float("inf")),
     "checkpoint.keep": (1, float("inf")),
+    "checkpoint.keep_every": (0, float("inf")),
     "ema.decay": (0.0, 1.0),
     "evaluate.every": (0, float("inf")),
     "evaluate.bank": (1, float("inf")),

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from nepa_scale.config import EXIT_USAGE, Config, ConfigError, load_config, to_dict
 from nepa_scale.data import DataError, EvaluationStream, ShardSet, TrainStream
 from nepa_scale.data.batch import Batch
+from nepa_scale.data.remote import RemoteError
 from nepa_scale.evaluation.online import KnnEvaluation, pixel_features
 from nepa_scale.profiling import peak_flops, training_costs
 from nepa_scale.sharding import (
@@ -35,13 +36,14 @@ from nepa_scale.sharding import (
     leave_world,
 )
 from nepa_scale.training.batching import plan_batches
-from nepa_scale.training.checkpoint import Checkpointer, find_checkpoint, load_shards, read_meta
+from nepa_scale.training.checkpoint import Checkpointer, CheckpointFailure, find_checkpoint, load_shards, read_meta
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.loop import Run, Schedule, TrainingFailure, train
 from nepa_scale.training.optimization import peak_learning_rate, total_steps, warmup_steps
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.progress import Tracker, WandbTracker
 from nepa_scale.training.run_folder import forget_after, prepare_run_folder, require_same_run
+from nepa_scale.training.run_lock import RunLock
 from nepa_scale.training.summary import print_plan, print_summary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -87,8 +89,9 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
-    except (TrainingFailure, DataError) as error:
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+    except (TrainingFailure, DataError, RemoteError, CheckpointFailure) as error:
+        if rank == 0 or not isinstance(error, TrainingFailure | CheckpointFailure):  # those come on every rank alike
+            print(f"error (rank {rank}): {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     return 0
 
@@ -112,10 +115,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> None:
         final_lr_fraction=config.schedule.final_lr_fraction,
         steps_per_epoch=steps_per_epoch,
     )
-    if world.is_main:
-        together(world, lambda: prepare_run_folder(folder, config))
-    else:
-        together(world, lambda: None)
+    lock = together(world, lambda: claim_run_folder(folder, config) if world.is_main else None)
 
     # strategy
     settings = StepSettings(
@@ -130,7 +130,15 @@ def run(config: Config, ds_config: Path | None, world: World) -> None:
     )
     strategy = build_strategy(name, ds_values, world, task.build, task.groups, settings)
     average = MovingAverage(strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
-    checkpointer = Checkpointer(folder, keep=config.checkpoint.keep, rank=world.rank, world_size=world.size)
+    checkpointer = Checkpointer(
+        folder,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        rank=world.rank,
+        world_size=world.size,
+        stop_on_failure=config.checkpoint.stop_on_failure,
+    )
+    checkpointer.reserve(strategy.shards, replicated=strategy.replicated)
     start = restore(config, strategy, task, average, len(shards), folder)
 
     # loop
@@ -172,11 +180,14 @@ def run(config: Config, ds_config: Path | None, world: World) -> None:
         train(job, iter(stream), start)
     finally:
         stream.close()
+        checkpointer.close()
         for tracker in trackers:
             tracker.close()
     if world.is_main:
         print_summary(folder)
     strategy.close()
+    if lock is not None:
+        lock.release()
 
 
 def together(world: World, prepare: Callable[[], T]) -> T:
@@ -193,6 +204,17 @@ def together(world: World, prepare: Callable[[], T]) -> T:
         if found is not None:
             raise ConfigError(found)
     return result  # type: ignore[return-value]
+
+
+def claim_run_folder(folder: Path, config: Config) -> RunLock:
+    """Takes the run folder for this job; the main rank only. The lock ends with the process at the latest."""
+    lock = RunLock(folder)
+    try:
+        prepare_run_folder(folder, config)
+    except ConfigError:
+        lock.release()
+        raise
+    return lock
 
 
 def open_shards(source: str | None, key: str, config: Config) -> ShardSet:

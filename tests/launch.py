@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -21,7 +22,8 @@ TRAIN = REPOSITORY / "nepa_scale" / "train.py"
 TINY = [
     "model.width=48", "model.depth=2", "model.heads=3", "model.patch_size=8", "model.image_size=32",
     "model.layer_scale=0.1", "optimizer.lr=1e-3", "schedule.warmup_steps=2", "train.steps=6",
-    "train.global_batch_size=8", "data.val=null", "train.precision=fp32", "train.log_every=1", "ema.decay=0.9", "data.workers=1",
+    "train.global_batch_size=8", "data.val=null", "train.precision=fp32", "train.log_every=1", "ema.decay=0.9",
+    "data.workers=1",
 ]  # fmt: skip
 
 
@@ -50,7 +52,12 @@ def launcher(kind: str, ranks: int) -> list[str]:
         return [sys.executable]
     if kind == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    with socket.socket() as free:  # its default port may be another test's
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)
+    ]  # fmt: skip
 
 
 def run_training(

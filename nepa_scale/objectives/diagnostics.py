@@ -57,7 +57,8 @@ def _spectrum_rows(count: int, device: torch.device) -> Tensor:
 
 
 def effective_rank(rows: Tensor) -> Tensor:
-    """exp(entropy) of the normalised singular values of `rows` [N, D]; between 1 and min(N, D)."""
-    values = torch.linalg.svdvals(rows.float())
+    """exp(entropy) of the normalised singular values of `rows` [N, D]; between 1 and min(N, D), NaN if any row is."""
+    values = torch.linalg.svdvals(rows.float().nan_to_num())  # which refuses what is not finite
     p = values / values.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.exp(-(p * p.clamp_min(1e-12).log()).sum())
+    rank = torch.exp(-(p * p.clamp_min(1e-12).log()).sum())
+    return torch.where(rows.isfinite().all(), rank, torch.nan)

@@ -7,6 +7,8 @@ masters, since in bf16 the engine would round them first), and the `Shard` views
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 import torch
@@ -46,7 +48,10 @@ class ZeroStrategy:
         config: dict[str, Any],
     ) -> None:
         import deepspeed  # takes seconds, and only this strategy needs it
-        from deepspeed.utils import set_z3_leaf_module
+        from deepspeed.utils import logger, set_z3_leaf_module
+
+        logger.setLevel(logging.ERROR)  # it narrates its every step
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
         self.name = name
         self.world = world
