@@ -35,7 +35,7 @@ def plan_batches(train: TrainConfig, world_size: int) -> BatchPlan:
     if per_rank % micro:
         divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         raise ConfigError(
-            f"train.micro_batch_size={micro} does not divide a rank's {per_rank} images a step (train.global_batch_size="
-            f"{total} over {world_size} ranks); that do: {', '.join(map(str, divisors[-12:]))}"
+            f"train.micro_batch_size={micro} does not divide a rank's {per_rank} images a step "
+            f"(train.global_batch_size={total} over {world_size} ranks); that do: {', '.join(map(str, divisors[-12:]))}"
         )
     return BatchPlan(total, micro, per_rank // micro)

@@ -186,6 +186,6 @@ class SkipGuard:
             if self._in_a_row >= self.limit:
                 good = checkpointer.latest()
                 raise TrainingFailure(
-                    f"{self._in_a_row} steps in a row up to step {step.step} were not finite (on {where}{names}); the "
-                    f"last good checkpoint is {good if good else 'none'}. Lower optimizer.base_lr or look at the samples"
+                    f"{self._in_a_row} steps in a row up to step {step.step} were not finite (on {where}{names}); "
+                    f"the last good checkpoint is {good or 'none'}. Lower optimizer.base_lr or look at the samples"
                 )
