@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,11 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        changed: dict[str, Any] = {name: function(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **changed)
 
 
 def normalize(images: Tensor, flip: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] and bool [B] -> float32 [B, 3, H, W] in [-1, 1], mirrored where `flip` says so."""
     mirrored = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return (mirrored.to(torch.float32) / 255.0 - MEAN) / STD
+    return mirrored.to(torch.float32).div_(255.0).sub_(MEAN).div_(STD)

@@ -6,7 +6,7 @@ import io
 
 from PIL import Image
 
-from nepa_scale.data.crops import Box, EncodedImage
+from nepa_scale.data.decode import EncodedImage
 
 QUALITY = 90
 
@@ -24,7 +24,7 @@ def reencode(data: bytes, shorter_side: int | None, quality: int | None) -> byte
     if shrink == 1.0 and (quality is None or shorter_side is not None):
         return data
     size = (max(1, round(image.height / shrink)), max(1, round(image.width / shrink)))
-    pixels = image.crop(Box(0, 0, image.width, image.height), size)
+    pixels = image.resized(size)
     buffer = io.BytesIO()
-    Image.fromarray(pixels.contiguous().numpy()).save(buffer, "JPEG", quality=quality or QUALITY)
+    Image.fromarray(pixels.numpy()).save(buffer, "JPEG", quality=quality or QUALITY)
     return buffer.getvalue()

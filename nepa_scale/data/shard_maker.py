@@ -16,7 +16,7 @@ import numpy as np
 
 from nepa_scale.config import ConfigError
 from nepa_scale.counter_random import hash_words
-from nepa_scale.data.crops import UndecodableImage
+from nepa_scale.data.decode import UndecodableImage
 from nepa_scale.data.description import FILE_NAME, Description, ShardDescription
 from nepa_scale.data.ingest import list_input
 from nepa_scale.data.listing import Item, Listing

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nepa_scale.config import ConfigError
-from nepa_scale.data.crops import Box, EncodedImage, UndecodableImage
+from nepa_scale.data.decode import EncodedImage, UndecodableImage
 from nepa_scale.data.description import FILE_NAME, Description, ShardDescription
 from nepa_scale.data.parallel import in_parallel, usable_cores
 from nepa_scale.data.safe_files import sha256
@@ -98,8 +98,7 @@ def _flaws(entry: Entry, image: bytes, classes: int | None) -> list[str]:
     elif classes is not None and entry.label >= classes:
         flaws.append(f"label {entry.label} is not below the {classes} classes")
     try:
-        decoded = EncodedImage(image)
-        decoded.crop(Box(0, 0, decoded.width, decoded.height), _DECODED)
+        EncodedImage(image).resized(_DECODED)
     except UndecodableImage as error:
         flaws.append(f"the image cannot be decoded: {error}")
     return flaws
