@@ -16,10 +16,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 samples: no number of ranks divides them."""
+    return write_shards(tmp_path_factory.mktemp("data") / "val", samples=13, seed=9)
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, val: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, uninterrupted."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    done = run_training([*TINY, f"data.train={shards}", f"output={run}", "train.log_samples=true"])
+    arguments = [f"data.train={shards}", f"data.val={val}", f"output={run}", "train.log_samples=true", "tracker=wandb"]
+    done = run_training([*TINY, *arguments], WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
     return run
 
@@ -34,6 +41,7 @@ def test_a_run_leaves_what_it_promises(reference: Path) -> None:
         assert key in rows[-1]
     assert (reference / "checkpoints" / "step_00000006").is_dir()
     assert (reference / "figures" / "curves.png").stat().st_size > 10_000
+    assert list((reference / "wandb").glob("offline-run-*"))  # no key, no network, no harm
     steps = [json.loads(line) for line in (reference / "samples" / "rank_0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == list(range(1, 7))
     epoch = [key for row in steps[:5] for key in row["keys"]]
@@ -53,11 +61,15 @@ def test_a_run_leaves_what_it_promises(reference: Path) -> None:
     ids=["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"],
 )
 def test_every_launcher_prints_the_same_losses(
-    kind: str, arguments: list[str], shards: Path, reference: Path, tmp_path: Path
+    kind: str, arguments: list[str], shards: Path, val: Path, reference: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    done = run_training([*arguments, *TINY, f"data.train={shards}", f"output={run}"], kind, ranks=2)
+    gathers_weights = "strategy=fsdp" in arguments or "ds_configs/zero3.json" in arguments
+    evaluation = [f"data.val={val}"] if gathers_weights else []
+    done = run_training([*arguments, *TINY, f"data.train={shards}", f"output={run}", *evaluation], kind, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    if evaluation:
+        assert knn(run) == knn(reference)
     for mine, expected in zip(metrics(run), metrics(reference), strict=True):
         assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
@@ -85,6 +97,12 @@ def test_resuming_continues_bit_for_bit(
     assert "resumed after step 3" in done.stdout
     assert [row["loss"] for row in metrics(halves)] == [row["loss"] for row in metrics(whole)]
     assert [row["grad_norm"] for row in metrics(halves)] == [row["grad_norm"] for row in metrics(whole)]
+
+
+def knn(run: Path) -> list[dict[str, float]]:
+    """The evaluations of a run, in order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "knn_top1" in row]
 
 
 BAD_INPUT = [
