@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,3 +53,29 @@ def normalize(images: Tensor, flip: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] and bool [B] -> float32 [B, 3, H, W] in [-1, 1], mirrored where `flip` says so."""
     mirrored = torch.where(flip[:, None, None, None], images.flip(-1), images)
     return mirrored.to(torch.float32).div_(255.0).sub_(MEAN).div_(STD)
+
+
+def transferred(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`. A GPU receives each, from pinned memory, while it computes on the one before."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to_device(device)
+        return
+    side = torch.cuda.Stream(device)
+
+    def send() -> Batch | None:
+        host = next(batches, None)
+        if host is None:
+            return None
+        with torch.cuda.stream(side):
+            return host.pin_memory().to_device(device)
+
+    upcoming = send()
+    while upcoming is not None:
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(side)
+        batch = upcoming
+        for tensor in (batch.images, batch.flip, batch.labels, batch.sample_keys, batch.samples):
+            tensor.record_stream(compute)  # its memory was allocated on the other stream
+        upcoming = send()
+        yield batch

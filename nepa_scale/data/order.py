@@ -174,7 +174,7 @@ class TrainOrder:
         return self.epoch(epoch).substitute(position, attempt)
 
     def window(self, number: int) -> tuple[int, int]:
-        """Epoch and window in which micro-batch `number` begins."""
+        """Epoch, and window in it, in which micro-batch `number` begins."""
         epoch, first = self._begin(number)
         order = self.epoch(epoch)
         return epoch, order.window(first % order.size)
@@ -183,10 +183,9 @@ class TrainOrder:
         """The shards that are shuffled together there."""
         return self.epoch(epoch).shards_of_window(window)
 
-    def shards_after(self, epoch: int, window: int) -> list[int]:
-        """Those of the window after it, which may be the next epoch's first."""
-        following = EpochOrder(self._sizes, self._seed, epoch, self._open).shards_of_window(window + 1)
-        return following or EpochOrder(self._sizes, self._seed, epoch + 1, self._open).shards_of_window(0)
+    def following(self, epoch: int, window: int) -> tuple[int, int]:
+        """The window after it, which may be the next epoch's first."""
+        return (epoch, window + 1) if self.shards(epoch, window + 1) else (epoch + 1, 0)
 
     def _begin(self, number: int) -> tuple[int, int]:
         """Epoch and first position (before wrapping around) of a micro-batch."""

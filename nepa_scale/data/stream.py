@@ -91,14 +91,15 @@ class TrainStream:
             self._fetcher = None
 
     def _numbers(self) -> Iterator[int]:
-        """The numbers of the micro-batches; of remote shards, those of the next window are fetched beforehand."""
-        last: tuple[int, int] | None = None
-        for number in itertools.count(self._start * self._order.accumulation):
-            if self._fetcher is not None and (window := self._order.window(number)) != last:
-                if last is None:
-                    self._fetcher.want(self._rotated(self._order.shards(*window)))
-                self._fetcher.want(self._rotated(self._order.shards_after(*window)))
-                last = window
+        """The numbers of the micro-batches; remote shards are fetched one window ahead of them."""
+        order = self._order
+        fetched: tuple[int, int] | None = None
+        for number in itertools.count(self._start * order.accumulation):
+            if self._fetcher is not None:
+                window = order.window(number)
+                while fetched is None or fetched < order.following(*window):
+                    fetched = window if fetched is None else order.following(*fetched)
+                    self._fetcher.want(self._rotated(order.shards(*fetched)))
             yield number
 
     def _rotated(self, shards: list[int]) -> list[int]:
