@@ -3,7 +3,8 @@
     python tools/make_demo_data.py                # data/demo/train, data/demo/val
 
 A crop's label is its photograph; validation crops come from other parts of the photographs than training crops. Does
-nothing where the data is already there. What the photographs are and their licences: nepa_scale/data/photographs.py.
+nothing where the data is already there, and makes it again where a shard is missing or cut short. What the photographs
+are and their licences: nepa_scale/data/photographs.py.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import time
 from pathlib import Path
 
 from nepa_scale.config import EXIT_USAGE, ConfigError
-from nepa_scale.data.photographs import PHOTOGRAPHS, write_class_folders
+from nepa_scale.data.photographs import PHOTOGRAPHS, shards_are_there, write_class_folders
 from nepa_scale.data.shard_maker import make_shards
+
+SPLITS = ("val", "train")
 
 
 def main() -> int:
@@ -25,15 +28,15 @@ def main() -> int:
     parser.add_argument("--train", type=int, default=500, help="training crops of each photograph (default: 500)")
     parser.add_argument("--val", type=int, default=60, help="validation crops of each photograph (default: 60)")
     arguments = parser.parse_args()
-    if all((arguments.output / split / "dataset.json").is_file() for split in ("train", "val")):
-        print(f"{arguments.output} is already there")
-        return 0
     began = time.monotonic()
     try:
+        if all(shards_are_there(arguments.output / split) for split in SPLITS):
+            print(f"{arguments.output} is already there")
+            return 0
         with tempfile.TemporaryDirectory() as folder:
             print(f"cutting {(arguments.train + arguments.val) * len(PHOTOGRAPHS):,} crops ...", flush=True)
             write_class_folders(Path(folder), arguments.train, arguments.val)
-            for split in ("val", "train"):
+            for split in SPLITS:
                 make_shards(Path(folder) / split, arguments.output / split, samples_per_shard=1000, workers=1)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

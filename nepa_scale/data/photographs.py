@@ -1,14 +1,23 @@
 """The demo's data: crops of photographs that ship inside well-kept packages, under free licences.
 
-A crop's label is the photograph it was cut from. Training and validation crops come from disjoint parts of each
-photograph, with a gap between them, so that no validation pixel was ever trained on.
+A crop's label is the photograph it was cut from. Training crops come from the left part of each photograph, validation
+crops from the right part, with a gap between them, so that no validation pixel was ever trained on. A crop varies in
+place, scale and mirroring only; its colours are the photograph's.
 
-| photograph | package | licence |
-|---|---|---|
-| astronaut (E. Collins, NASA), hubble_deep_field (NASA/ESA) | scikit-image | public domain |
-| chelsea (S. van der Walt), coffee (R. Michel), rocket (SpaceX), ihc and retina (microscopy, ophthalmoscopy) | scikit-image | CC0 |
-| brick, grass, gravel (grey, from ambientCG and others) | scikit-image | CC0 |
-| grace_hopper (US Navy) | matplotlib | public domain |
+The sources and terms, as the packages state them (scikit-image's docstrings):
+
+| photograph | package | source | terms |
+|---|---|---|---|
+| astronaut | scikit-image | NASA: Eileen Collins | public domain |
+| brick, gravel (grey) | scikit-image | CC0Textures: Bricks25, Gravel04 | CC0 |
+| chelsea | scikit-image | Stefan van der Walt | CC0 |
+| coffee | scikit-image | Rachel Michetti, Pikolo Espresso Bar | CC0 |
+| grass (grey) | scikit-image | linolafett | CC0 |
+| hubble_deep_field | scikit-image | NASA | public domain |
+| ihc (stained tissue under a microscope) | scikit-image | Center for Microscopy and Molecular Imaging | no known restrictions |
+| retina | scikit-image | Mikael Häggström | CC0 |
+| rocket | scikit-image | SpaceX | public domain |
+| grace_hopper | matplotlib | US Navy portrait, a work of the US government | public domain |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -16,11 +25,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from nepa_scale.config import ConfigError
+from nepa_scale.data.description import FILE_NAME, Description
+from nepa_scale.data.parallel import in_parallel
 
 # package, file inside it
 PHOTOGRAPHS = {
@@ -60,7 +72,10 @@ def load_photographs() -> dict[str, Image.Image]:
 
 
 def crops(photograph: Image.Image, split: str, count: int, seed: int) -> Iterator[Image.Image]:
-    """`count` square crops of random place and scale, mirrored at random, from the split's part; SIDE x SIDE."""
+    """`count` square crops of random place and scale from the part of the split (train | val), half of them mirrored.
+
+    Each is RGB, SIDE x SIDE; equal arguments give equal crops.
+    """
     width, height = photograph.size
     left, right = (0.0, TRAIN_SHARE) if split == "train" else (TRAIN_SHARE + GAP, 1.0)
     start, stop = round(left * width), round(right * width)
@@ -75,10 +90,43 @@ def crops(photograph: Image.Image, split: str, count: int, seed: int) -> Iterato
 
 
 def write_class_folders(output: Path, train: int, val: int, seed: int = 0) -> None:
-    """`output`/{train,val}/<photograph>/*.jpg: `train` and `val` crops of each photograph."""
-    for number, (name, photograph) in enumerate(load_photographs().items()):
-        for split, count in (("train", train), ("val", val)):
-            folder = output / split / name
-            folder.mkdir(parents=True)
-            for i, crop in enumerate(crops(photograph, split, count, seed + number)):
-                crop.save(folder / f"{i:05d}.jpg", quality=90)
+    """Writes `output`/{train,val}/<photograph>/*.jpg, `train` and `val` crops of each photograph, with progress.
+
+    Raises:
+        ConfigError: as `load_photographs`.
+    """
+    jobs = [
+        _Job(photograph, split, count, seed + number, output / split / name)
+        for number, (name, photograph) in enumerate(load_photographs().items())
+        for split, count in (("train", train), ("val", val))
+    ]
+    in_parallel(_write, jobs, 1, "cutting crops", size=lambda job: job.wanted)
+
+
+def shards_are_there(folder: Path) -> bool:
+    """Whether `folder` holds a described set of shards, each of its full length.
+
+    Raises:
+        ConfigError: there is a description, but it cannot be understood.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return False
+    shards = Description.from_json(path.read_bytes(), str(path)).shards
+    return all((file := folder / s.name).is_file() and file.stat().st_size == s.bytes for s in shards)
+
+
+class _Job(NamedTuple):
+    """The crops of one photograph for one split."""
+
+    photograph: Image.Image
+    split: str
+    wanted: int
+    seed: int
+    folder: Path
+
+
+def _write(job: _Job) -> None:
+    job.folder.mkdir(parents=True)
+    for number, crop in enumerate(crops(job.photograph, job.split, job.wanted, job.seed)):
+        crop.save(job.folder / f"{number:05d}.jpg", quality=90)
