@@ -2,8 +2,8 @@
 
 A run's masks, drop paths, crops and orders are pure functions of (seed, epoch, sample, purpose). They are hence the
 same on any number of ranks and workers, for any micro-batch, under recomputation and after a restart, and no generator
-state has to be saved. The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, section 5), applied once
-for each word that is folded in.
+state has to be saved. The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, section 5), applied
+once for each word that is folded in.
 """
 
 from __future__ import annotations
