@@ -55,7 +55,7 @@ class EncodedImage:
 
     def resized_crop(self, box: Box, out: Tensor) -> None:
         """Fills `out`, uint8 [H, W, 3], with the box in RGB, resized to it."""
-        resize(self._cut(box, (out.shape[0], out.shape[1])), out)
+        resize(self.cut(box, (out.shape[0], out.shape[1])), out)
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         """The whole image in RGB at `size` (height, width): uint8 [height, width, 3]."""
@@ -68,11 +68,14 @@ class EncodedImage:
         box = middle(self.width, self.height)
         place = centre(box.width, box.height, (out.shape[0], out.shape[1]), crop_share)
         whole = torch.empty((place.height, place.width, 3), dtype=torch.uint8)
-        resize(self._cut(box, (place.height, place.width)), whole)
+        resize(self.cut(box, (place.height, place.width)), whole)
         out.copy_(whole[place.top : place.top + out.shape[0], place.left : place.left + out.shape[1]])
 
-    def _cut(self, box: Box, size: tuple[int, int]) -> Pixels:
-        """The pixels of the box, reduced where they are to be resized to a much smaller `size` (height, width)."""
+    def cut(self, box: Box, size: tuple[int, int]) -> Pixels:
+        """The pixels of the box in RGB, uint8 [h, w, 3], reduced where `size` (height, width) is much smaller.
+
+        They are valid until the next call in this process.
+        """
         factor = jpeg.reduction(min(box.height / size[0], box.width / size[1]))
         pixels, factor = self._decode(factor, box.top + box.height)
         top = min(round(box.top / factor), pixels.shape[0] - 1)

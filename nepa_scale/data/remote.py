@@ -12,7 +12,6 @@ import http.client
 import os
 import random
 import signal
-import ssl
 import subprocess
 import tempfile
 import threading
@@ -102,6 +101,7 @@ class Remote:
         self.check(url)
 
         def attempt() -> None:
+            target.unlink(missing_ok=True)  # an attempt that was given up may write on, to a file without a name
             _Transfer(url, self.timeout, target, reserve).run()
             if expected is not None and sha256(target) != expected.sha256:
                 raise _Transient("its content is not what dataset.json describes (checksum)")
@@ -217,19 +217,19 @@ class _Listing(_Watched):
 
 
 class _Transfer(_Watched):
-    """One attempt to copy `url` to `target`."""
+    """One attempt to copy `url` to the new file `target`."""
 
     def __init__(self, url: str, timeout: float, target: Path, reserve: Callable[[int], None]) -> None:
         super().__init__(url, timeout)
-        self._target, self._reserve = target, reserve
+        self._file, self._reserve = target.open("xb"), reserve  # here: a late thread must not open the next attempt's
 
     def run(self) -> None:
         self._wait()
 
     def _work(self) -> None:
-        with _open(self._url, self._timeout) as stream, self._target.open("wb") as file:
+        with self._file as file, _open(self._url, self._timeout) as stream:
             self._cancel = stream.cancel
-            if stream.size is not None:
+            if stream.size is not None and not self._abandoned:
                 self._reserve(stream.size)
             for chunk in stream.chunks:
                 if self._abandoned:
@@ -257,21 +257,18 @@ def _open_http(url: str, timeout: float) -> Iterator[_Stream]:
     request = urllib.request.Request(url, headers={"User-Agent": "nepa_scale", "Accept-Encoding": "identity"})
     try:
         # the transfer's watcher speaks first; the socket's timeout only ends a thread that was abandoned
-        with urllib.request.urlopen(request, timeout=2 * timeout) as response:
-            length = response.headers.get("Content-Length", "")
-            yield _Stream(iter(lambda: response.read1(_CHUNK), b""), int(length) if length.isdigit() else None)
+        response = urllib.request.urlopen(request, timeout=2 * timeout)
     except urllib.error.HTTPError as error:
         if error.code in _GONE:
             raise MissingRemote(f"there is no {url} (HTTP {error.code})") from error
         if error.code in _REFUSED:
             raise RefusedRemote(f"cannot read {url}: HTTP {error.code} {error.reason}") from error
         raise _Transient(f"HTTP {error.code} {error.reason}") from error
-    except TimeoutError as error:
-        raise _Transient("the server was silent") from error
-    except urllib.error.URLError as error:
-        raise _Transient(str(error.reason)) from error
-    except (ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
-        raise _Transient(str(error) or type(error).__name__) from error
+    except (OSError, http.client.HTTPException) as error:  # of the network: nothing else is touched here
+        raise _Transient(str(getattr(error, "reason", error)) or type(error).__name__) from error
+    with response:
+        length = response.headers.get("Content-Length", "")
+        yield _Stream(_chunks(response.read1), int(length) if length.isdigit() else None)
 
 
 @contextlib.contextmanager
@@ -286,14 +283,14 @@ def _open_fsspec(url: str) -> Iterator[_Stream]:
     except Exception as error:
         raise _Transient(f"{type(error).__name__}: {error}") from error
     with file:
-        yield _Stream(_fsspec_chunks(file), getattr(file, "size", None))
+        yield _Stream(_chunks(file.read), getattr(file, "size", None))
 
 
-def _fsspec_chunks(file: Any) -> Iterator[bytes]:
+def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
     while True:
         try:
-            chunk = file.read(_CHUNK)
-        except Exception as error:  # each file system has its own
+            chunk = read(_CHUNK)
+        except Exception as error:  # each file system has its own, and so has each state of a network
             raise _Transient(f"{type(error).__name__}: {error}") from error
         if not chunk:
             return

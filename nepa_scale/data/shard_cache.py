@@ -10,14 +10,20 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from nepa_scale.config import ConfigError, DataConfig
 from nepa_scale.data.description import ShardDescription
 from nepa_scale.data.remote import Remote, RemoteError
 from nepa_scale.data.safe_files import locked, write_atomically
 from nepa_scale.data.tar_index import SUFFIX
+
+_ATTEMPTS = 10  # to use a copy before another process removes it
+
+T = TypeVar("T")
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -65,6 +71,17 @@ class ShardCache:
             raise ConfigError(f"cannot write to the cache {self.folder}: {error.strerror or error}; {hint}") from error
         return copy
 
+    def use(self, url: str, expected: ShardDescription | None, work: Callable[[Path], T]) -> T:
+        """`work` of the local copy; once more where another process removed the copy meanwhile.
+
+        Raises:
+            What `local` and `work` raise; RemoteError where the copy does not stay long enough.
+        """
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return work(self.local(url, expected))
+        raise RemoteError(f"the cache has no room for {url}: raise data.cache_gigabytes")
+
     def _fetch(self, url: str, copy: Path, expected: ShardDescription | None, asked: float) -> None:
         failure = _beside(copy, ".failed")
         with contextlib.suppress(FileNotFoundError):
@@ -91,9 +108,9 @@ class ShardCache:
             )
         with locked(self.folder / "lock"):
             self._remove_abandoned_parts()
-            files = {path: path.stat() for path in self.folder.iterdir() if path.suffix in (".part", ".tar")}
-            used = sum(status.st_size for status in files.values())
-            for path, status in sorted(files.items(), key=lambda entry: entry[1].st_atime_ns):
+            files = sorted(_copies_and_parts(self.folder), key=lambda entry: entry[1].st_atime_ns)
+            used = sum(status.st_size for _, status in files)
+            for path, status in files:
                 if used + size <= self.limit:
                     break
                 if path.suffix == ".tar":
@@ -110,6 +127,13 @@ class ShardCache:
             with contextlib.suppress(OSError), lock.open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 part.unlink(missing_ok=True)
+
+
+def _copies_and_parts(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.iterdir():
+        if path.suffix in (".part", ".tar"):
+            with contextlib.suppress(FileNotFoundError):  # a part that has just become a copy, or failed
+                yield path, path.stat()
 
 
 def _copy_name(url: str, expected: ShardDescription | None) -> str:

@@ -62,13 +62,18 @@ def _open_at_once(location: str, source: Source, cache: ShardCache) -> OpenedSha
 
 def _open_slowly(location: str, source: Source, cache: ShardCache, index_beside: bool) -> OpenedShard:
     """Reads the shard's headers, after fetching the shard or, where it has one, only its index."""
+
+    def make(path: Path) -> OpenedShard:
+        return _from_index(*make_index(path, cache.folder), source)
+
     try:
         if index_beside and is_remote(location):
             index = _remote_index(location, cache)
             if index is not None:
                 return OpenedShard(len(index), largest_label=int(index.labels.max()))
-        path = cache.local(location) if is_remote(location) else Path(location)
-        return _from_index(*make_index(path, cache.folder), source)
+        if is_remote(location):
+            return cache.use(location, None, make)
+        return make(Path(location))
     except MissingRemote:
         return OpenedShard(1, missing=True)
     except OSError as error:

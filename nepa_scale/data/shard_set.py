@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nepa_scale.config import DataConfig
 from nepa_scale.data.index_files import find_index, make_index
-from nepa_scale.data.remote import MissingRemote, Remote, RemoteError, is_remote
+from nepa_scale.data.remote import MissingRemote, Remote, is_remote
 from nepa_scale.data.shard_cache import ShardCache
 from nepa_scale.data.shard_opening import OpenedShard, open_shards, unreadable
 from nepa_scale.data.sources import Source, nothing_found, resolve
@@ -21,7 +22,8 @@ from nepa_scale.data.tar_index import NO_LABEL, Entry, ShardIndex
 
 OPEN_FILES = 128  # local shards a process keeps open: far below the usual limit of 1024 descriptors
 _MISSING = "the shard is missing"
-_ATTEMPTS = 10  # to open a copy before another process removes it
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,41 +154,33 @@ class ShardSet:
 
     def _load_index(self, shard: int) -> ShardIndex:
         path = self._index_files[shard]
-        if path is not None and path.exists():
-            return ShardIndex.load(path)
         try:
-            local = self._open_local(shard)
-            return (find_index(local, self._cache.folder) or make_index(local, self._cache.folder))[1]
+            if path is not None:
+                with contextlib.suppress(FileNotFoundError):  # a remote shard's goes when its copy does
+                    return ShardIndex.load(path)
+            return self._with_local(shard, self._find_index)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise unreadable(self.names[shard], error) from error
 
+    def _find_index(self, path: Path) -> ShardIndex:
+        return (find_index(path, self._cache.folder) or make_index(path, self._cache.folder))[1]
+
     def _descriptor(self, shard: int) -> int:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
-        else:
-            self._open_local(shard)
-        return self._descriptors[shard]
-
-    def _open_local(self, shard: int) -> Path:
-        """Opens the shard in this process, where it then stays readable, and gives its path."""
-        for _ in range(_ATTEMPTS):
-            path = self.ensure_local(shard)
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                break
-            except FileNotFoundError:  # a copy that another process removed just now
-                if not is_remote(self.names[shard]):
-                    raise
-        else:
-            raise RemoteError(f"the cache has no room for {self.names[shard]}: raise data.cache_gigabytes")
-        if shard in self._descriptors:
-            os.close(self._descriptors.pop(shard))
-        elif len(self._descriptors) >= self._open_files:
+            return self._descriptors[shard]
+        descriptor = self._with_local(shard, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        if len(self._descriptors) >= self._open_files:
             os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors[shard] = descriptor
-        return path
+        return descriptor
+
+    def _with_local(self, shard: int, use: Callable[[Path], T]) -> T:
+        """`use` of the shard's path on this machine."""
+        name = self.names[shard]
+        return self._cache.use(name, self._expected.get(name), use) if is_remote(name) else use(Path(name))
 
     def _forget_process_state(self) -> None:
         self._descriptors: OrderedDict[int, int] = OrderedDict()

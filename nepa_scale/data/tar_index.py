@@ -71,8 +71,17 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
-        """Maps the file: its pages are shared by all processes, and no file descriptor stays open."""
-        tensor = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        """Maps the file: its pages are shared by all processes, and no file descriptor stays open.
+
+        Raises:
+            OSError: it cannot be read; FileNotFoundError where it is not there.
+            ValueError: it is not a whole index.
+        """
+        try:
+            tensor = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        except RuntimeError as error:
+            path.stat()  # raises where it was removed just now
+            raise OSError(f"cannot map {path}: {error}") from error
         return cls(memoryview(tensor.numpy()))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -93,19 +102,6 @@ class ShardIndex:
     def save(self, path: Path, shard_mtime_ns: int) -> None:
         """Writes the index file, whole or not at all."""
         write_atomically(path, bytes(self._buffer), shard_mtime_ns)
-
-
-def peek(path: Path) -> tuple[int, int] | None:
-    """(samples, bytes of the shard) from the header of an index file; None where there is no such file."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            header = file.read(_HEADER.size)
-    except OSError:
-        return None
-    if len(header) < _HEADER.size or header[:8] != _MAGIC:
-        return None
-    _, samples, shard_bytes, _, _ = _HEADER.unpack(header)
-    return samples, shard_bytes
 
 
 def index_shard(path: Path) -> ShardIndex:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import http.client
 import http.server
 import multiprocessing
 import os
@@ -16,10 +18,12 @@ import pytest
 
 from nepa_scale.config import ConfigError, DataConfig
 from nepa_scale.data.description import Description
+from nepa_scale.data.index_files import find_index
 from nepa_scale.data.remote import MissingRemote, Remote, RemoteError
 from nepa_scale.data.shard_cache import ShardCache
 from nepa_scale.data.shard_set import BadSample, ShardSet
 from nepa_scale.data.shard_writer import SourceSample, write_shard
+from nepa_scale.data.tar_index import ShardIndex
 
 SAMPLES = 40
 Handler = http.server.BaseHTTPRequestHandler
@@ -377,6 +381,79 @@ def test_processes_that_remove_each_others_copies_still_read_right(server: Serve
     data.open_shards = 1
     with multiprocessing.get_context("forkserver").Pool(3) as pool:
         assert all(pool.starmap(_read_at_random, [(server.url, data, seed) for seed in range(3)]))
+
+
+def test_a_copy_that_is_removed_before_it_is_indexed_is_fetched_again(
+    server: Server, data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(server.folder)
+    shards = ShardSet.open(server.url, data)
+    removals = iter([True, True])
+
+    def find_after_removal(shard: Path, cache: Path) -> tuple[Path, ShardIndex] | None:
+        if next(removals, False):
+            shard.unlink()
+        return find_index(shard, cache)
+
+    monkeypatch.setattr("nepa_scale.data.shard_set.find_index", find_after_removal)
+    check_all(shards)
+    assert server.requests["s-0.tar"] == 3
+
+
+def test_a_cache_that_holds_one_shard_is_enough_to_count_them(server: Server, data: DataConfig) -> None:
+    """Threads that fetch remove each other's copies, and meet files that come and go."""
+    fill(server.folder, shards=12, described=False)
+    for index in server.folder.glob("*.idx"):
+        index.unlink()
+    data.cache_gigabytes = 1.2 * (server.folder / "s-0.tar").stat().st_size / 1e9
+    check_all(ShardSet.open(f"{server.url}/s-{{0..11}}.tar", data), 12)
+
+
+def test_an_answer_that_comes_after_it_was_given_up_spoils_nothing(server: Server, data: DataConfig) -> None:
+    """The first attempt's thread wakes while the second attempt is half way through the same file."""
+    fill(server.folder, shards=1)
+    whole = (server.folder / "s-0.tar").read_bytes()
+    woke, step = threading.Event(), len(whole) // 4 + 1
+
+    def late(handler: Handler, content: bytes) -> None:
+        server.closing.wait(1.6 * data.timeout)
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+        woke.set()
+
+    def slow(handler: Handler, content: bytes) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[:step])
+        woke.wait(10)
+        for start in range(step, len(content), step):
+            server.closing.wait(0.1)
+            handler.wfile.write(content[start : start + step])
+
+    server.faults["s-0.tar"] = [late, slow]
+    data.timeout = 1.0
+    copy = ShardCache.from_config(data).local(f"{server.url}/s-0.tar")
+    assert copy.read_bytes() == whole
+    assert server.requests["s-0.tar"] == 2
+
+
+def test_a_network_that_goes_away_is_tried_again(
+    server: Server, data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No route to host: neither a ConnectionError nor a TimeoutError, and not the disk's fault."""
+    fill(server.folder)
+    read, failures = http.client.HTTPResponse.read1, iter([True])
+
+    def read_or_fail(response: http.client.HTTPResponse, size: int = -1) -> bytes:
+        if next(failures, False):
+            raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+        return read(response, size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", read_or_fail)
+    check_all(ShardSet.open(server.url, data))
 
 
 def test_a_shard_larger_than_the_cache_is_an_error(server: Server, data: DataConfig) -> None:
