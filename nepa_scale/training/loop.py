@@ -87,7 +87,6 @@ def train(run: Run, batches: Iterator[Batch], start: int) -> int:
         TrainingFailure: too many steps in a row were not finite.
     """
     config, world, strategy = run.config, run.world, run.strategy
-    meter = Meter(world, run.costs, run.plan.global_batch_size, run.schedule.steps_per_epoch)
     metrics = JsonLines(run.folder / "metrics.jsonl") if world.is_main else None
     samples = JsonLines(run.folder / "samples" / f"rank_{world.rank}.jsonl") if config.train.log_samples else None
     progress = TerminalProgress(start, run.schedule.total, enabled=world.is_main)
@@ -102,6 +101,8 @@ def train(run: Run, batches: Iterator[Batch], start: int) -> int:
     try:
         if start == 0 and run.evaluate is not None:
             record({"step": 0} | run.evaluate())
+        # here, so that the first window's rate is of training alone
+        meter = Meter(world, run.costs, run.plan.global_batch_size, run.schedule.steps_per_epoch)
         for step in range(start + 1, run.schedule.total + 1):
             outputs, loss, keys, waited = _accumulate(run, batches, step)
             lr = run.schedule.lr(step - 1)
