@@ -66,6 +66,7 @@ class DataConfig:
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of RandomResizedCrop
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
     flip: bool = True
+    interpolation: str = "bilinear"  # bilinear | bicubic, both antialiased
     ragged: str = "drop"  # what becomes of an epoch's last, short global batch: drop | pad
     open_shards: int = 16  # remote shards only: how many are shuffled together
     cache: str | None = None  # remote shards only: folder of the local copy; default ~/.cache/nepa_scale/shards
@@ -74,6 +75,17 @@ class DataConfig:
     retries: int = 5
     max_bad_fraction: float = 0.01  # of the samples read; above it the run stops
     allow_pipe: bool = False  # `pipe:` URLs run a shell command
+
+
+@dataclass
+class AugmentConfig:
+    """What fine-tuning does to images beside crop and flip; all of it is timm's, and off unless set."""
+
+    rand_augment: str | None = None  # timm's notation: rand-m9-mstd0.5-inc1
+    erase: float = 0.0  # probability that a part of an image becomes noise
+    mixup: float = 0.0  # alpha of the Beta distribution of the shares; 0: off
+    cutmix: float = 0.0  # likewise
+    switch: float = 0.5  # probability of cutmix where both are on
 
 
 @dataclass
@@ -142,6 +154,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -159,6 +172,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("pretrain", "finetune"),
     "model.mlp": ("gelu", "swiglu"),
     "model.qk_norm": ("none", "plain", "affine"),
+    "data.interpolation": ("bilinear", "bicubic"),
     "data.ragged": ("drop", "pad"),
     "train.precision": ("fp32", "bf16"),
     "strategy": ("auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"),
@@ -181,6 +195,10 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "data.timeout": (0.01, float("inf")),
     "data.retries": (0, 1000),
     "data.cache_gigabytes": (0.001, float("inf")),
+    "augment.erase": (0.0, 1.0),
+    "augment.mixup": (0.0, float("inf")),
+    "augment.cutmix": (0.0, float("inf")),
+    "augment.switch": (0.0, 1.0),
     "optimizer.base_lr": (0.0, float("inf")),
     "optimizer.lr": (0.0, float("inf")),
     "optimizer.eps": (0.0, 1.0),

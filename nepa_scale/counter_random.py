@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import zlib
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
@@ -35,6 +37,14 @@ def hash_words(*words: int | str) -> int:
         number = zlib.crc32(word.encode()) if isinstance(word, str) else word
         state = _finalise((state + _GAMMA + number) & _MASK)
     return state
+
+
+def hash_array(values: NDArray[np.int64], *words: int | str) -> NDArray[np.int64]:
+    """`hash_words(*words, value)` of each value, int64 [N], as signed numbers, int64 [N]."""
+    state = values.view(np.uint64) + np.uint64((hash_words(*words) + _GAMMA) & _MASK)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
+    return (state ^ (state >> np.uint64(31))).view(np.int64)
 
 
 def hash_uniform(*words: int | str) -> float:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nepa_scale.data.shard_set import BadSample
@@ -24,6 +26,7 @@ class Batch:
     labels: int64 [B], -1 where the sample has none
     sample_keys: int64 [B], the hash of (seed, epoch, sample) from which masks and drop paths are drawn
     samples: int64 [B], the samples' numbers in their shard set; -1: padding of an evaluation's last batch
+    host_keys: `sample_keys` as an array that stays on the host
     keys: the samples' names in their shards
     bad: samples that could not be used and were replaced
     """
@@ -33,6 +36,7 @@ class Batch:
     labels: Tensor
     sample_keys: Tensor
     samples: Tensor
+    host_keys: NDArray[np.int64]
     keys: list[str]
     bad: list[BadSample] = field(default_factory=list)
 

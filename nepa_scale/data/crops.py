@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from nepa_scale.counter_random import hash_uniform, hash_words
+import numpy as np
+from numpy.typing import NDArray
+
+from nepa_scale.counter_random import hash_array, hash_words
 
 CROP_SHARE = 224 / 256  # of the resized shorter side, in evaluation
 
@@ -47,9 +50,9 @@ def _two_uniforms(*words: int | str) -> tuple[float, float]:
     return high * 2.0**-32, low * 2.0**-32
 
 
-def flipped(key: int) -> bool:
-    """Whether the sample is mirrored: every other one."""
-    return hash_uniform("flip", key) < 0.5
+def flipped(keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the samples of these keys, int64 [N], are mirrored: every other one, bool [N]."""
+    return hash_array(keys, "flip") >= 0
 
 
 def middle(width: int, height: int, aspect: int = 8) -> Box:

@@ -2,8 +2,8 @@
 
 JPEGs go through simplejpeg, at a fraction of their size where that does not show, and no further than the crop reaches;
 everything else, and every JPEG that simplejpeg does not take, goes through Pillow. Resizing is torch's antialiased
-bilinear kernel for uint8, which is what torchvision calls: where a JPEG is decoded in full, the results are equal to
-torchvision's bit for bit.
+kernels for uint8, bilinear and bicubic, which are what torchvision calls: where a JPEG is decoded in full, the results
+are equal to torchvision's bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from nepa_scale.data.shared_slots import Pixels
 MAX_PIXELS = 89_478_485  # larger images are taken for decompression bombs; Pillow warns from here on
 A = TypeVar("A")
 R = TypeVar("R")
-_resize_into = torch.ops.aten._upsample_bilinear2d_aa.out  # what F.interpolate calls; that cannot write in place
+_RESIZERS = {  # what F.interpolate calls; that cannot write in place
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
 
 
 class UndecodableImage(Exception):
@@ -35,12 +38,13 @@ class UndecodableImage(Exception):
 class EncodedImage:
     """An image's bytes with its upright size known and its pixels not yet decoded.
 
+    interpolation: "bilinear" or "bicubic"
     Raises:
         UndecodableImage: at construction, or by the methods.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+    def __init__(self, data: bytes, interpolation: str = "bilinear") -> None:
+        self._data, self._interpolation = data, interpolation
         self._jpeg = jpeg.read_header(data)
         self._pillow: Image.Image | None = None
         if self._jpeg is not None:
@@ -55,7 +59,7 @@ class EncodedImage:
 
     def resized_crop(self, box: Box, out: Tensor) -> None:
         """Fills `out`, uint8 [H, W, 3], with the box in RGB, resized to it."""
-        resize(self.cut(box, (out.shape[0], out.shape[1])), out)
+        resize(self.cut(box, (out.shape[0], out.shape[1])), out, self._interpolation)
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         """The whole image in RGB at `size` (height, width): uint8 [height, width, 3]."""
@@ -68,7 +72,7 @@ class EncodedImage:
         box = middle(self.width, self.height)
         place = centre(box.width, box.height, (out.shape[0], out.shape[1]), crop_share)
         whole = torch.empty((place.height, place.width, 3), dtype=torch.uint8)
-        resize(self.cut(box, (place.height, place.width)), whole)
+        resize(self.cut(box, (place.height, place.width)), whole, self._interpolation)
         out.copy_(whole[place.top : place.top + out.shape[0], place.left : place.left + out.shape[1]])
 
     def cut(self, box: Box, size: tuple[int, int]) -> Pixels:
@@ -98,10 +102,11 @@ class EncodedImage:
         return _guarded(lambda image: np.array(_to_rgb(image)), self._pillow), 1
 
 
-def resize(pixels: Pixels, out: Tensor) -> None:
-    """Fills `out`, uint8 [H, W, 3], with `pixels`, uint8 [h, w, 3]: bilinear, antialiased."""
+def resize(pixels: Pixels, out: Tensor, interpolation: str = "bilinear") -> None:
+    """Fills `out`, uint8 [H, W, 3], with `pixels`, uint8 [h, w, 3]: "bilinear" or "bicubic", antialiased."""
     source = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).unsqueeze(0)
-    _resize_into(source, list(out.shape[:2]), False, None, None, out=out.permute(2, 0, 1).unsqueeze(0))
+    into = out.permute(2, 0, 1).unsqueeze(0)
+    _RESIZERS[interpolation](source, list(out.shape[:2]), False, None, None, out=into)
 
 
 # what an EXIF orientation asks for, as views of [h, w, 3]

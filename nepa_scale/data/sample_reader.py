@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nepa_scale.config import ConfigError
-from nepa_scale.counter_random import hash_words
+from nepa_scale.counter_random import hash_array
 from nepa_scale.data.bad_samples import DataError
 from nepa_scale.data.batch import Batch
 from nepa_scale.data.crops import flipped, random_resized_box
 from nepa_scale.data.decode import EncodedImage, UndecodableImage
-from nepa_scale.data.order import PADDING, Place
+from nepa_scale.data.order import PADDING, Indices, Place
+from nepa_scale.data.rand_augment import RandAugment
 from nepa_scale.data.remote import RemoteError
 from nepa_scale.data.shard_set import BadSample, RawSample, ShardSet
 from nepa_scale.data.shared_slots import Pixels
 
+NO_LABEL = -1  # in a batch
 SUBSTITUTES = 100  # tried in place of one bad sample before giving up
 
 Crop = Callable[[EncodedImage, int, Tensor], None]
@@ -29,10 +31,18 @@ Crop = Callable[[EncodedImage, int, Tensor], None]
 
 
 def random_crop(
-    image: EncodedImage, key: int, out: Tensor, *, scale: tuple[float, float], ratio: tuple[float, float]
+    image: EncodedImage,
+    key: int,
+    out: Tensor,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    augment: RandAugment | None = None,
 ) -> None:
-    """RandomResizedCrop: training's `Crop`."""
+    """RandomResizedCrop, and what follows it: training's `Crop`."""
     image.resized_crop(random_resized_box(image.width, image.height, key, scale, ratio), out)
+    if augment is not None:
+        augment(out, key)
 
 
 def centre_crop(image: EncodedImage, key: int, out: Tensor, *, share: float) -> None:  # noqa: ARG001
@@ -69,6 +79,7 @@ class Rest:
             labels=torch.from_numpy(self.labels),
             sample_keys=torch.from_numpy(self.sample_keys),
             samples=torch.from_numpy(self.samples),
+            host_keys=self.sample_keys,
             keys=self.keys,
             bad=self.bad,
         )
@@ -86,6 +97,7 @@ class SampleReader:
     """Micro-batch number -> its images. Picklable, and without any state of the run.
 
     size: height and width of the images
+    interpolation: "bilinear" or "bicubic"
     flip: mirror every other sample
     classes: labels must be below this; None: any will do
     need_labels: a sample without a label is bad
@@ -98,12 +110,14 @@ class SampleReader:
         *,
         size: tuple[int, int],
         crop: Crop,
+        interpolation: str,
         flip: bool,
         seed: int,
         classes: int | None,
         need_labels: bool,
     ) -> None:
-        self.shards, self.order, self.size, self.crop, self.flip = shards, order, size, crop, flip
+        self.shards, self.order, self.size, self.crop = shards, order, size, crop
+        self.interpolation, self.flip = interpolation, flip
         self.seed, self.classes, self.need_labels = seed, classes, need_labels
 
     @property
@@ -122,38 +136,42 @@ class SampleReader:
             return Failure(DataError(str(error)), bad)
 
     def _fill(self, place: Place, pixels: Tensor, bad: list[BadSample]) -> Rest:
-        count = len(place.samples)
-        samples, labels = np.full(count, PADDING), np.full(count, -1)
-        sample_keys, flip, keys = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool), [""] * count
-        for row, position in enumerate(place.positions.tolist()):
-            usable = self._usable(place.epoch, position, int(place.samples[row]), pixels[row], bad)
+        samples, keys = place.samples.tolist(), sample_keys(self.seed, place.epoch, place.samples)
+        labels, names = [NO_LABEL] * len(samples), [""] * len(samples)
+        for row, (key, out) in enumerate(zip(keys.tolist(), pixels.unbind(0), strict=True)):
+            position = int(place.positions[row])
+            usable = self._usable(place.epoch, position, samples[row], key, out, bad)
             if usable is None:
-                pixels[row] = 0
+                samples[row] = PADDING
+                out.zero_()
                 continue
-            samples[row], sample_keys[row], raw = usable
-            keys[row], labels[row] = raw.key, -1 if raw.label is None else raw.label
-            flip[row] = self.flip and flipped(int(sample_keys[row]))
-        return Rest(flip, labels, sample_keys, samples, keys, bad)
+            samples[row], raw = usable
+            names[row], labels[row] = raw.key, NO_LABEL if raw.label is None else raw.label
+        used = np.array(samples, dtype=np.int64)
+        keys = np.where(used == PADDING, 0, sample_keys(self.seed, place.epoch, used))
+        flip = flipped(keys) & (used != PADDING) & self.flip
+        return Rest(flip, np.array(labels, dtype=np.int64), keys, used, names, bad)
 
     def _usable(
-        self, epoch: int, position: int, first: int, out: Tensor, bad: list[BadSample]
-    ) -> tuple[int, int, RawSample] | None:
-        """Fills `out` from the sample or from its first usable substitute, and returns its number, key and content.
+        self, epoch: int, position: int, first: int, key: int, out: Tensor, bad: list[BadSample]
+    ) -> tuple[int, RawSample] | None:
+        """Fills `out` from the sample of that key or from its first usable substitute: its number and content.
 
         None where the order has no substitute.
         """
         sample: int | None = None if first == PADDING else first
         attempt = 0
         while sample is not None:
-            key = sample_key(self.seed, epoch, sample)
             try:
-                return sample, key, self._prepare(sample, key, out)
+                return sample, self._prepare(sample, key, out)
             except BadSample as error:
                 bad.append(error)
             attempt += 1
             if attempt > SUBSTITUTES:
                 raise DataError(f"no usable sample was found in {attempt} tries; the last was {bad[-1]}")
             sample = self.order.substitute(epoch, position, attempt)
+            if sample is not None:
+                key = int(sample_keys(self.seed, epoch, np.array([sample]))[0])
         return None
 
     def _prepare(self, sample: int, key: int, out: Tensor) -> RawSample:
@@ -164,13 +182,12 @@ class SampleReader:
         elif self.classes is not None and not 0 <= raw.label < self.classes:
             raise BadSample(raw.shard, raw.key, f"label {raw.label} is not one of {self.classes} classes")
         try:
-            self.crop(EncodedImage(raw.image), key, out)
+            self.crop(EncodedImage(raw.image, self.interpolation), key, out)
         except UndecodableImage as error:
             raise BadSample(raw.shard, raw.key, str(error)) from error
         return raw
 
 
-def sample_key(seed: int, epoch: int, sample: int) -> int:
-    """The signed 64-bit hash from which everything random about a sample in an epoch is drawn."""
-    value = hash_words("sample", seed, epoch, sample)
-    return value - (1 << 64) if value >= 1 << 63 else value
+def sample_keys(seed: int, epoch: int, samples: Indices) -> NDArray[np.int64]:
+    """The hashes, int64 [N], from which everything random about these samples in an epoch is drawn."""
+    return hash_array(samples, "sample", seed, epoch)

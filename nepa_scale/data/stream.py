@@ -14,6 +14,7 @@ from nepa_scale.data.bad_samples import BadSampleLog, DataError
 from nepa_scale.data.batch import Batch
 from nepa_scale.data.crops import CROP_SHARE
 from nepa_scale.data.order import EvaluationOrder, TrainOrder
+from nepa_scale.data.rand_augment import RandAugment
 from nepa_scale.data.sample_reader import Failure, Rest, SampleReader, centre_crop, random_crop
 from nepa_scale.data.shard_fetcher import ShardFetcher
 from nepa_scale.data.shard_set import ShardSet
@@ -25,6 +26,7 @@ class TrainStream:
     """This rank's micro-batches from `start_step` on, without end. One iterator at a time.
 
     image_size: height and width
+    rand_augment: a policy of timm's RandAugment
     classes: labels are needed, and must be below this; None: they are not needed
     bad_samples_file: where bad samples are listed; see `BadSampleLog`
     Raises:
@@ -43,6 +45,7 @@ class TrainStream:
         rank: int,
         world_size: int,
         start_step: int = 0,
+        rand_augment: str | None = None,
         classes: int | None = None,
         bad_samples_file: Path | None = None,
     ) -> None:
@@ -59,11 +62,13 @@ class TrainStream:
         self.steps_per_epoch = self._order.steps_per_epoch
         self._shards, self._start, self._share = shards, start_step, rank / world_size
         scale, ratio = data.crop_scale, data.crop_ratio
+        augment = RandAugment(rand_augment, image_size, data.interpolation) if rand_augment else None
         reader = SampleReader(
             shards,
             self._order,
             size=image_size,
-            crop=partial(random_crop, scale=(scale[0], scale[1]), ratio=(ratio[0], ratio[1])),
+            crop=partial(random_crop, scale=(scale[0], scale[1]), ratio=(ratio[0], ratio[1]), augment=augment),
+            interpolation=data.interpolation,
             flip=data.flip,
             seed=seed,
             classes=shards.classes if classes is None else classes,
@@ -139,6 +144,7 @@ class EvaluationStream:
             order,
             size=image_size,
             crop=partial(centre_crop, share=crop_share),
+            interpolation=data.interpolation,
             flip=False,
             seed=0,
             classes=shards.classes if classes is None else classes,

@@ -25,9 +25,9 @@ from tests.data.images import encode, picture
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
-def cropped(data: bytes, box: Box, size: tuple[int, int]) -> Tensor:
+def cropped(data: bytes, box: Box, size: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
     out = torch.zeros((*size, 3), dtype=torch.uint8)
-    EncodedImage(data).resized_crop(box, out)
+    EncodedImage(data, interpolation).resized_crop(box, out)
     return out
 
 
@@ -64,6 +64,26 @@ def test_equal_to_torchvision_bit_for_bit_at_full_decoding(mode: str, options: d
         for key in range(12):  # among them crops at the top, for which decoding ends early
             box = random_resized_box(*size, key, SCALE, RATIO)
             assert torch.equal(cropped(data, box, (224, 192)), torchvision_crop(data, box, (224, 192)))
+
+
+@pytest.mark.parametrize("size", [(224, 192), (64, 80)])
+def test_bicubic_is_torchvisions_too(size: tuple[int, int]) -> None:
+    data = encode(picture(150, 113), quality=90)
+    for key in range(12):
+        box = random_resized_box(150, 113, key, SCALE, RATIO)
+        expected = TF.resized_crop(
+            in_full(data),
+            box.top,
+            box.left,
+            box.height,
+            box.width,
+            list(size),
+            TF.InterpolationMode.BICUBIC,
+            antialias=True,
+        )
+        found = cropped(data, box, size, "bicubic")
+        assert torch.equal(found, expected.permute(1, 2, 0))
+        assert not torch.equal(found, cropped(data, box, size))
 
 
 def test_decoding_ends_where_the_crop_ends() -> None:

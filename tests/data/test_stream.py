@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nepa_scale.config import DataConfig
+from nepa_scale.counter_random import hash_words
 from nepa_scale.data import BadSample, Batch, DataError, EvaluationStream, RawSample, ShardSet, TrainStream, normalize
 from nepa_scale.data.batch import transferred
 from nepa_scale.data.order import TrainOrder
 from nepa_scale.data.remote import RemoteError
-from nepa_scale.data.sample_reader import sample_key
+from nepa_scale.data.sample_reader import sample_keys
 from tests.data.images import encode, picture
 
 SIZE = (24, 32)
@@ -100,6 +101,7 @@ def join(batches: list[Batch]) -> Batch:
             torch.cat([getattr(b, name) for b in batches])
             for name in ("images", "flip", "labels", "sample_keys", "samples")
         ),
+        host_keys=np.concatenate([b.host_keys for b in batches]),
         keys=[key for b in batches for key in b.keys],
     )
 
@@ -121,7 +123,7 @@ def test_a_batch_is_what_it_says(good: ShardSet) -> None:
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.labels.tolist() == [number % 5 for number in batch.samples.tolist()]
     assert batch.keys == [f"{number:03d}" for number in batch.samples.tolist()]
-    assert batch.sample_keys.tolist() == [sample_key(5, 0, number) for number in batch.samples.tolist()]
+    assert batch.sample_keys.tolist() == sample_keys(5, 0, batch.samples.numpy()).tolist()
     assert 0 < batch.flip.sum() < 12
 
 
@@ -394,3 +396,9 @@ def test_transfer_keeps_order_and_content(uninterrupted: list[Batch], device: st
 def test_bad_samples_travel_between_processes() -> None:
     sample = pickle.loads(pickle.dumps(BadSample("shard", "key", "why")))
     assert (sample.shard, sample.key, sample.why) == ("shard", "key", "why")
+
+
+@given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), samples=st.lists(st.integers(0, 2**40), max_size=5))
+def test_keys_of_many_samples_are_those_of_each(seed: int, epoch: int, samples: list[int]) -> None:
+    found = sample_keys(seed, epoch, np.array(samples, dtype=np.int64)).tolist()
+    assert [key % 2**64 for key in found] == [hash_words("sample", seed, epoch, sample) for sample in samples]
