@@ -1,8 +1,8 @@
-"""FLOPs, and what devices can do."""
+"""FLOPs, memory, throughput and plans: what a model costs before anyone pays for it."""
 
 from nepa_scale.models import Architecture
 from nepa_scale.profiling.devices import peak_flops
-from nepa_scale.profiling.flops import forward_flops, train_flops
+from nepa_scale.profiling.flops import FlopCount, count_flops, forward_flops, train_flops
 from nepa_scale.training.metrics import Costs
 
 
@@ -11,4 +11,4 @@ def training_costs(architecture: Architecture, peak: float | None) -> Costs:
     return Costs(float(train_flops(architecture)), architecture.tokens, peak)
 
 
-__all__ = ["Costs", "forward_flops", "peak_flops", "train_flops", "training_costs"]
+__all__ = ["Costs", "FlopCount", "count_flops", "forward_flops", "peak_flops", "train_flops", "training_costs"]

@@ -1,31 +1,196 @@
-"""FLOPs of the causal ViT in closed form.
+"""FLOPs of the causal ViT in closed form, checked against three counters by `nepa_scale.profiling.counters`.
 
-Convention: a multiply-add is 2 FLOPs; matrix products, the patch embedding and attention count, attention in full
-(causal masking is not credited); element-wise work, norms and softmax do not. This is the model's own work: a backward
-pass without recomputation.
+Convention: a multiply-add is 2 FLOPs; matrix products, the patch embedding and attention count; element-wise work,
+norms and softmax do not. Attention counts in full unless a name says `halved`: then its two products count half, the
+work that causal masking leaves (of T tokens, exactly (T + 1) / 2T; a half, as is customary).
+
+Model FLOPs are what the mathematics needs: a forward pass, and a backward pass with two products for each of the
+forward pass's (one for the patch embedding: images need no gradient). Hardware FLOPs are what is computed: model FLOPs,
+what activation recomputation redoes, and the scores that a fused attention kernel computes again in its backward pass.
 """
 
 from __future__ import annotations
 
-from nepa_scale.models import Architecture
+from dataclasses import dataclass
+from typing import Any
+
+from nepa_scale.config import ConfigError, ModelConfig, nearest
+from nepa_scale.models import Architecture, resolve_architecture
+from nepa_scale.profiling.parameters import count_parameters
+
+PARTS = ("embedding", "qkv", "scores", "out", "mlp")
+RECOMPUTE = ("none", "selective", "full")
+# element-wise operations of one parameter's update: weight decay 1, first moment 3, second 4, its root, bias correction
+# and epsilon 3, the update 3; and for the global norm 2, for clipping 1
+ADAMW_OPERATIONS, CLIP_OPERATIONS, EMA_OPERATIONS = 14, 3, 3
 
 
 def forward_flops(architecture: Architecture) -> dict[str, int]:
     """Forward FLOPs of one image by module: `embedding`, and summed over the blocks `qkv`, `scores`, `out`, `mlp`."""
     a = architecture
     patches, tokens, width = a.tokens - 1, a.tokens, a.width
-    mlp_products = 3 if a.gated else 2
     return {
         "embedding": 2 * patches * 3 * a.patch_size**2 * width,
         "qkv": a.depth * 2 * tokens * width * 3 * width,
         "scores": a.depth * 2 * 2 * tokens * tokens * width,
         "out": a.depth * 2 * tokens * width * width,
-        "mlp": a.depth * 2 * tokens * width * a.mlp_width * mlp_products,
+        "mlp": a.depth * 2 * tokens * width * a.mlp_width * (3 if a.gated else 2),
     }
 
 
+def backward_flops(architecture: Architecture) -> dict[str, int]:
+    """Backward FLOPs of one image by module, without any recomputation."""
+    return {part: flops * (1 if part == "embedding" else 2) for part, flops in forward_flops(architecture).items()}
+
+
+def recomputed_flops(architecture: Architecture, recompute: str) -> dict[str, int]:
+    """FLOPs that activation recomputation adds to one image's backward pass, by module.
+
+    recompute: "none"; "selective" keeps every product, and so redoes element-wise work only; "full" redoes the blocks.
+        A block is redone up to the last value that its backward pass reads: where nothing multiplies the MLP's
+        output (no LayerScale, no drop path) the MLP's last product is not.
+    """
+    redone = dict.fromkeys(PARTS, 0)
+    if recompute != "full":
+        return redone
+    redone |= {part: flops for part, flops in forward_flops(architecture).items() if part != "embedding"}
+    if architecture.layer_scale is None:
+        dropped = architecture.depth - 1 if architecture.drop_path > 0 else 0  # the first block's rate is 0
+        down = 2 * architecture.tokens * architecture.width * architecture.mlp_width
+        redone["mlp"] -= (architecture.depth - dropped) * down
+    return redone
+
+
+def kernel_flops(architecture: Architecture) -> dict[str, int]:
+    """FLOPs that a fused attention kernel adds to one image's backward pass: the scores again, half of its forward."""
+    return dict.fromkeys(PARTS, 0) | {"scores": forward_flops(architecture)["scores"] // 2}
+
+
 def train_flops(architecture: Architecture) -> int:
-    """Forward and backward FLOPs of one image: every product has two in the backward pass, except that the patch
-    embedding has only one (images need no gradient)."""
-    parts = forward_flops(architecture)
-    return 3 * sum(parts.values()) - parts["embedding"]
+    """Forward and backward FLOPs of one image, without recomputation: model FLOPs."""
+    return sum(forward_flops(architecture).values()) + sum(backward_flops(architecture).values())
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one model; of one image unless a name says otherwise. Dictionaries are by module, see `PARTS`."""
+
+    size: str
+    architecture: Architecture
+    parameters: int
+    causal: bool
+    recompute: str
+    forward: dict[str, int]
+    backward: dict[str, int]
+    recomputed: dict[str, int]
+    kernel: dict[str, int]
+    optimizer_per_step: int  # element-wise, over all ranks; not part of model or hardware FLOPs
+    images_per_step: int
+    images: int | None  # of the whole run
+
+    @property
+    def flops_per_image(self) -> int:
+        return sum(self.forward.values())
+
+    @property
+    def backward_flops_per_image(self) -> int:
+        return sum(self.backward.values())
+
+    @property
+    def train_flops_per_image(self) -> int:
+        """Model FLOPs: forward and backward. MFU is their rate over the peak."""
+        return self.flops_per_image + self.backward_flops_per_image
+
+    @property
+    def hardware_flops_per_image(self) -> int:
+        """Model FLOPs and all recomputation. HFU is their rate over the peak."""
+        return self.train_flops_per_image + sum(self.recomputed.values()) + sum(self.kernel.values())
+
+    def halved(self) -> FlopCount:
+        """The same with attention's products halved; itself where attention is not causal."""
+        if not self.causal:
+            return self
+        fields = {
+            name: getattr(self, name) | {"scores": getattr(self, name)["scores"] // 2}
+            for name in ("forward", "backward", "recomputed", "kernel")
+        }
+        return FlopCount(**{**self.__dict__, **fields})
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `tools/flops.py --json`, without the counters."""
+        return {
+            "size": self.size,
+            "parameters": self.parameters,
+            "tokens": self.architecture.tokens,
+            "recompute": self.recompute,
+            "causal": self.causal,
+            "by_module": self.forward,
+            "backward_by_module": self.backward,
+            "recomputed_by_module": self.recomputed,
+            "attention_kernel_recomputed": sum(self.kernel.values()),
+            **self._totals(),
+            "causal_halved": self.halved()._totals(),
+            "optimizer_flops_per_step": self.optimizer_per_step,
+            "images_per_step": self.images_per_step,
+            "images": self.images,
+        }
+
+    def _totals(self) -> dict[str, int | None]:
+        return {
+            "flops_per_image": self.flops_per_image,
+            "backward_flops_per_image": self.backward_flops_per_image,
+            "train_flops_per_image": self.train_flops_per_image,
+            "hardware_flops_per_image": self.hardware_flops_per_image,
+            "model_flops_per_step": self.images_per_step * self.train_flops_per_image,
+            "hardware_flops_per_step": self.images_per_step * self.hardware_flops_per_image,
+            "model_flops_of_run": None if self.images is None else self.images * self.train_flops_per_image,
+            "hardware_flops_of_run": None if self.images is None else self.images * self.hardware_flops_per_image,
+        }
+
+
+def count_flops(
+    size: str = "vit_b",
+    patch_size: int = 14,
+    image_size: int | tuple[int, int] | list[int] = 224,
+    *,
+    causal: bool = True,
+    recompute: str = "none",
+    global_batch_size: int = 4096,
+    images: int | None = None,
+    ema: bool = True,
+    mask_token: bool = False,
+    **model: Any,
+) -> FlopCount:
+    """FLOPs of pretraining a named size; further keywords are the fields of `ModelConfig`.
+
+    causal: whether attention is; only the halved figures depend on it
+    recompute: none | selective | full
+    global_batch_size: images of one step
+    images: of the whole run (epochs times samples), where its total is wanted
+
+    Raises:
+        ConfigError: unknown size or recomputation, or impossible numbers.
+    """
+    if recompute not in RECOMPUTE:
+        raise ConfigError(
+            f"activation_checkpointing={recompute} is not one of {', '.join(RECOMPUTE)}{nearest(recompute, RECOMPUTE)}"
+        )
+    sides = image_size if isinstance(image_size, int) else list(image_size)
+    config = ModelConfig(size=size, patch_size=patch_size, image_size=sides, **model)
+    architecture = resolve_architecture(config, mask_token)
+    parameters = count_parameters(architecture)
+    operations = ADAMW_OPERATIONS + CLIP_OPERATIONS + (EMA_OPERATIONS if ema else 0)
+    return FlopCount(
+        size=size,
+        architecture=architecture,
+        parameters=parameters,
+        causal=causal,
+        recompute=recompute,
+        forward=forward_flops(architecture),
+        backward=backward_flops(architecture),
+        recomputed=recomputed_flops(architecture, recompute),
+        kernel=kernel_flops(architecture),
+        optimizer_per_step=operations * parameters,
+        images_per_step=global_batch_size,
+        images=images,
+    )
