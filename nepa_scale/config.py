@@ -120,8 +120,10 @@ class TrainConfig:
     resume: str = "auto"  # auto (newest in the run folder) | none | path of a checkpoint
     log_every: int = 20
     log_samples: bool = False  # write the keys of every step's samples to RUN/samples/
-    max_skipped: int = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
-    timeout: float = 300.0  # seconds that a rank waits for the others before it gives up
+    max_skipped: int = 10  # skipped steps in a row that are too many: loss or gradient not finite, or a spike
+    on_bad_steps: str = "stop"  # what then: stop | rewind (to the checkpoint before them, passing over their data)
+    spike_factor: float = 0.0  # skip a step whose gradient norm exceeds this many times the recent median; 0: never
+    timeout: float = 300.0  # seconds without progress (a micro-batch, a wait for the others) before the run gives up
 
 
 @dataclass
@@ -129,6 +131,7 @@ class CheckpointConfig:
     every: int = 1000  # steps; the last step is always saved. 0: only the last
     keep: int = 3  # newest checkpoints kept
     keep_every: int = 0  # and those of steps that are multiples of this; 0: none
+    best: str | None = "knn_top1"  # and the one with the highest value of this metric of the evaluation
     stop_on_failure: bool = False  # a save that fails (disk full) is a warning, unless this is set
 
 
@@ -175,6 +178,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.interpolation": ("bilinear", "bicubic"),
     "data.ragged": ("drop", "pad"),
     "train.precision": ("fp32", "bf16"),
+    "train.on_bad_steps": ("stop", "rewind"),
     "strategy": ("auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"),
     "activation_checkpointing": ("none", "selective", "full"),
     "tracker": ("none", "wandb"),
@@ -211,6 +215,7 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "train.seed": (0, 2**63 - 1),
     "train.log_every": (1, float("inf")),
     "train.max_skipped": (1, float("inf")),
+    "train.spike_factor": (0.0, float("inf")),
     "train.timeout": (1.0, float("inf")),
     "checkpoint.every": (0, float("inf")),
     "checkpoint.keep": (1, float("inf")),

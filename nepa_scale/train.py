@@ -9,11 +9,18 @@ Reads top to bottom: config -> task -> strategy -> loop.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds: a signal must not find the program unprepared
+    from nepa_scale.training.signals import stop_signals
+
+    stop_signals.install()
+
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,20 +42,34 @@ from nepa_scale.sharding import (
     join_world,
     leave_world,
 )
+from nepa_scale.training.agreement import Agreement, StopRequest
+from nepa_scale.training.backward_probe import BackwardProbe
 from nepa_scale.training.batching import plan_batches
-from nepa_scale.training.checkpoint import Checkpointer, CheckpointFailure, find_checkpoint, load_shards, read_meta
+from nepa_scale.training.checkpoint import (
+    Checkpointer,
+    CheckpointFailure,
+    find_checkpoint,
+    find_checkpoint_before,
+    load_shards,
+    read_meta,
+)
+from nepa_scale.training.departure import EXIT_FAILURE, depart, on_departure
 from nepa_scale.training.ema import MovingAverage
-from nepa_scale.training.loop import Run, Schedule, TrainingFailure, train
+from nepa_scale.training.loop import Position, Run, Schedule, train
 from nepa_scale.training.optimization import peak_learning_rate, total_steps, warmup_steps
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.progress import Tracker, WandbTracker
 from nepa_scale.training.run_folder import forget_after, prepare_run_folder, require_same_run
 from nepa_scale.training.run_lock import RunLock
+from nepa_scale.training.signals import EXIT_STOPPED, describe, stop_signals
+from nepa_scale.training.skips import SKIPPED_STEPS, TooManySkipped, TrainingFailure
 from nepa_scale.training.summary import print_plan, print_summary
+from nepa_scale.training.update_guard import UpdateGuard
+from nepa_scale.training.watchdog import Watchdog
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "configs" / "pretrain" / "demo.yaml"
-EXIT_FAILURE = 1
+REWINDS = 3  # to one and the same checkpoint, after which skipping still more of the data is no cure
 T = TypeVar("T")
 
 
@@ -73,7 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one rank; returns its exit status: 0 done, 1 failed, 2 the user's to mend."""
+    """Runs one rank; returns its exit status: 0 done, 1 failed, 2 the user's to mend, 75 stopped and saved."""
     # the processes that read data are forked from a server that has imported all of this once
     multiprocessing.set_forkserver_preload(["nepa_scale.train"])
     arguments = parse_arguments(argv)
@@ -82,22 +103,25 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         world = join_world(config.train.timeout)
         try:
-            run(config, arguments.ds_config, world)
+            stop = run(config, arguments.ds_config, world)
         finally:
             leave_world()
     except ConfigError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
-    except (TrainingFailure, DataError, RemoteError, CheckpointFailure) as error:
-        if rank == 0 or not isinstance(error, TrainingFailure | CheckpointFailure):  # those come on every rank alike
-            print(f"error (rank {rank}): {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
+    except (TrainingFailure, CheckpointFailure) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
-    return 0
+    except (DataError, RemoteError) as error:
+        print(f"error (rank {rank}): {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
+    return 0 if stop is None else EXIT_STOPPED
 
 
-def run(config: Config, ds_config: Path | None, world: World) -> None:
-    """The whole of a run, on every rank."""
+def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | None:
+    """The whole of a run, on every rank; returns what made it save and stop before its end, if anything did."""
     # config
     name, ds_values = together(world, lambda: choose_strategy(config.strategy, ds_config, world.size))
     plan = plan_batches(config.train, world.size)
@@ -116,101 +140,160 @@ def run(config: Config, ds_config: Path | None, world: World) -> None:
         steps_per_epoch=steps_per_epoch,
     )
     lock = together(world, lambda: claim_run_folder(folder, config) if world.is_main else None)
+    agreed = (ConfigError, TrainingFailure, CheckpointFailure)  # come on every rank alike
+    with Watchdog(folder, world, config.train.timeout, agreed=agreed, brief=(DataError, RemoteError)) as watchdog:
+        # strategy
+        settings = StepSettings(
+            precision=config.train.precision,
+            micro_batch_size=plan.micro_batch_size,
+            accumulation=plan.accumulation,
+            clip=config.optimizer.clip,
+            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+            eps=config.optimizer.eps,
+            recompute=config.activation_checkpointing,
+            compile=config.compile,
+        )
+        strategy = build_strategy(name, ds_values, world, task.build, task.groups, settings)
+        average = MovingAverage(strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
+        checkpointer = Checkpointer(
+            folder,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            rank=world.rank,
+            world_size=world.size,
+            stop_on_failure=config.checkpoint.stop_on_failure,
+        )
+        together(world, lambda: checkpointer.reserve(strategy.shards, replicated=strategy.replicated))
 
-    # strategy
-    settings = StepSettings(
-        precision=config.train.precision,
-        micro_batch_size=plan.micro_batch_size,
-        accumulation=plan.accumulation,
-        clip=config.optimizer.clip,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        eps=config.optimizer.eps,
-        recompute=config.activation_checkpointing,
-        compile=config.compile,
-    )
-    strategy = build_strategy(name, ds_values, world, task.build, task.groups, settings)
-    average = MovingAverage(strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
-    checkpointer = Checkpointer(
-        folder,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        rank=world.rank,
-        world_size=world.size,
-        stop_on_failure=config.checkpoint.stop_on_failure,
-    )
-    checkpointer.reserve(strategy.shards, replicated=strategy.replicated)
-    start = restore(config, strategy, task, average, len(shards), folder)
+        # loop
+        agreement = Agreement(world, stop_signals.asked)
+        knn = make_knn(config, shards, val, task.architecture.image_size, world, agreement, watchdog)
+        job = Run(
+            config=config,
+            world=world,
+            task=task,
+            strategy=strategy,
+            average=average,
+            guard=UpdateGuard(config.train.spike_factor, world.device),
+            probe=None if config.compile else BackwardProbe(strategy.module, world.device),
+            plan=plan,
+            schedule=schedule,
+            costs=training_costs(task.architecture, peak_flops(world.device, config.train.precision)),
+            folder=folder,
+            checkpointer=checkpointer,
+            watchdog=watchdog,
+            agreement=agreement,
+            trackers=make_trackers(config, world),
+            evaluate=evaluation(knn, strategy) if knn is not None else None,
+            dataset_samples=len(shards),
+        )
 
-    # loop
-    costs = training_costs(task.architecture, peak_flops(world.device, config.train.precision))
-    trackers: list[Tracker] = []
-    if config.tracker == "wandb" and world.is_main:
-        trackers.append(WandbTracker(str(folder), to_dict(config)))
-    knn = make_knn(config, shards, val, task.architecture.image_size, world)
-    job = Run(
-        config=config,
-        world=world,
-        task=task,
-        strategy=strategy,
-        average=average,
-        plan=plan,
-        schedule=schedule,
-        costs=costs,
-        folder=folder,
-        checkpointer=checkpointer,
-        trackers=trackers,
-        evaluate=evaluation(knn, strategy) if knn is not None else None,
-        dataset_samples=len(shards),
-    )
-    stream = TrainStream(
-        shards,
-        config.data,
-        image_size=task.architecture.image_size,
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        seed=config.train.seed,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start,
-        bad_samples_file=folder / "bad_samples.jsonl",
-    )
-    if world.is_main:
-        print_plan(job, start, len(shards))
-    try:
-        train(job, iter(stream), start)
-    finally:
-        stream.close()
-        checkpointer.close()
-        for tracker in trackers:
-            tracker.close()
-    if world.is_main:
+        def open_stream(position: Position) -> TrainStream:
+            return TrainStream(
+                shards,
+                config.data,
+                image_size=task.architecture.image_size,
+                global_batch_size=plan.global_batch_size,
+                micro_batch_size=plan.micro_batch_size,
+                seed=config.train.seed,
+                rank=world.rank,
+                world_size=world.size,
+                start_step=position.step + position.passed_over,
+                bad_samples_file=folder / "bad_samples.jsonl",
+            )
+
+        start = restore(job)
+        if world.is_main:
+            print_plan(job, start.step, len(shards))
+        stop_signals.training_begins()
+        try:
+            stop = train_on(job, open_stream, start)
+        finally:
+            checkpointer.close()
+            for tracker in job.trackers:
+                tracker.close()
+    if stop is not None:
+        stop_signals.saved()
+    if world.is_main and stop is None:
         print_summary(folder)
+    elif stop is not None and (world.is_main or stop.rank == world.rank):
+        print(f"rank {world.rank} stops: {describe(stop.number)}; the same command goes on from here", flush=True)
     strategy.close()
     if lock is not None:
         lock.release()
+    return stop
+
+
+def train_on(job: Run, open_stream: Callable[[Position], TrainStream], position: Position) -> StopRequest | None:
+    """Trains from `position` on, going back before steps that had to be skipped where the run is to do so."""
+    rewinds: Counter[int] = Counter()
+    while True:
+        stream = open_stream(position)
+        try:
+            return train(job, iter(stream), position)
+        except TooManySkipped as failure:
+            position = rewind(job, failure, position, rewinds)
+        finally:
+            stream.close()
+
+
+def rewind(job: Run, failure: TooManySkipped, position: Position, rewinds: Counter[int]) -> Position:
+    """Back to the checkpoint before the skipped steps; the data up to the present step will not be seen again.
+
+    rewinds: how often the run went back to which step
+    Raises:
+        TooManySkipped: `failure`, where there is nothing to go back to, or going back has not helped.
+    """
+    job.checkpointer.wait()
+    path = find_checkpoint_before(job.folder, failure.first) if job.config.train.on_bad_steps == "rewind" else None
+    if path is None:
+        raise failure
+    step = read_meta(path)["step"]
+    rewinds[step] += 1
+    if rewinds[step] > REWINDS:
+        raise failure
+    job.checkpointer.go_back(step)
+    passed_over = failure.step + position.passed_over - step
+    if job.world.is_main:
+        print(
+            f"going back to step {step}: steps {failure.first} to {failure.step} were bad; "
+            f"{failure.step - step} batches are passed over"
+        )
+    return dataclasses.replace(load(job, path), passed_over=passed_over)
 
 
 def together(world: World, prepare: Callable[[], T]) -> T:
-    """`prepare()` on every rank; a `ConfigError` of any is raised by all, so that no rank is left waiting."""
+    """`prepare()` on every rank. What it raises on one is raised by all, so that no rank is left waiting.
+
+    Raises:
+        ConfigError: that of the first rank that has one.
+        TrainingFailure: on the ranks that were well, where another raised something else.
+    """
     result: T | None = None
-    message: str | None = None
+    found: tuple[str, bool] | None = None
     try:
         result = prepare()
     except ConfigError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * world.size
-    dist.all_gather_object(messages, message)
-    for found in messages:
-        if found is not None:
-            raise ConfigError(found)
+        found = str(error), True
+    except Exception as error:
+        found = f"rank {world.rank} failed: {type(error).__name__}: {error}", False
+        raised = error
+    problems: list[tuple[str, bool] | None] = [None] * world.size
+    dist.all_gather_object(problems, found)
+    for problem in sorted(filter(None, problems), key=lambda problem: not problem[1]):
+        if problem[1]:
+            raise ConfigError(problem[0])
+        raise raised if found is not None else TrainingFailure(problem[0])
     return result  # type: ignore[return-value]
 
 
 def claim_run_folder(folder: Path, config: Config) -> RunLock:
     """Takes the run folder for this job; the main rank only. The lock ends with the process at the latest."""
     lock = RunLock(folder)
+    on_departure(lambda _: lock.release())
     try:
         prepare_run_folder(folder, config)
+        Watchdog.clear(folder)
     except ConfigError:
         lock.release()
         raise
@@ -235,60 +318,83 @@ def count_steps(samples: int, config: Config, global_batch_size: int, world_size
     return full + (1 if rest and config.data.ragged == "pad" else 0)
 
 
-def restore(
-    config: Config,
-    strategy: Strategy,
-    task: Pretraining,
-    average: MovingAverage | None,
-    dataset_samples: int,
-    folder: Path,
-) -> int:
-    """Fills the strategy from a checkpoint or with initial weights; returns the number of steps already made."""
-    path = find_checkpoint(folder, config.train.resume)
-    if path is None:
-        for shard in strategy.shards:
-            if shard.stop > shard.start:
-                values = task.initial_values(shard.name, shard.shape).flatten()
-                shard.tensors["master"].copy_(values[shard.start : shard.stop])
-        step = 0
-    else:
-        meta = read_meta(path)
-        require_same_run(meta["config"], config, str(path))
-        if meta["dataset_samples"] != dataset_samples:
-            raise ConfigError(
-                f"{path} was trained on {meta['dataset_samples']} samples, data.train={config.data.train} holds "
-                f"{dataset_samples}: resuming needs the same data"
-            )
-        load_shards(path, strategy.shards)
-        strategy.set_optimizer_steps(meta["optimizer_steps"])
-        step = meta["step"]
-    strategy.refresh()
-    if path is None and average is not None:
-        average.restart()
-    if strategy.world.is_main:
-        forget_after(folder / "metrics.jsonl", step if path is not None else -1)
-        for samples in (folder / "samples").glob("rank_*.jsonl"):
+def make_trackers(config: Config, world: World) -> list[Tracker]:
+    return [WandbTracker(config.output, to_dict(config))] if config.tracker == "wandb" and world.is_main else []
+
+
+def restore(job: Run) -> Position:
+    """Fills the strategy from a checkpoint, or with initial weights; returns where training goes on."""
+    path = find_checkpoint(job.folder, job.config.train.resume)
+    if path is not None:
+        return load(job, path)
+    for shard in job.strategy.shards:
+        if shard.stop > shard.start:
+            values = job.task.initial_values(shard.name, shard.shape).flatten()
+            shard.tensors["master"].copy_(values[shard.start : shard.stop])
+    job.strategy.refresh()
+    if job.average is not None:
+        job.average.restart()
+    forget(job, -1)
+    return Position()
+
+
+def load(job: Run, path: Path) -> Position:
+    """Fills the strategy from a checkpoint of this run; returns where training goes on from there."""
+    meta = read_meta(path)
+    require_same_run(meta["config"], job.config, str(path))
+    if meta["dataset_samples"] != job.dataset_samples:
+        raise ConfigError(
+            f"{path} was trained on {meta['dataset_samples']} samples, data.train={job.config.data.train} holds "
+            f"{job.dataset_samples}: resuming needs the same data"
+        )
+    load_shards(path, job.strategy.shards)
+    job.strategy.set_optimizer_steps(meta["optimizer_steps"])
+    job.strategy.refresh()
+    job.guard.load(meta.get("recent_norms", []))
+    forget(job, meta["step"])
+    return Position(meta["step"], meta.get("passed_over", 0), meta.get("evaluate", False))
+
+
+def forget(job: Run, step: int) -> None:
+    """Removes from the run's logs what comes after `step`: it is about to be written anew. Collective."""
+    if job.world.is_main:
+        for path in (job.folder / "metrics.jsonl", job.folder / SKIPPED_STEPS):
+            forget_after(path, step)
+        for samples in (job.folder / "samples").glob("rank_*.jsonl"):
             forget_after(samples, step)
-    return step
+    dist.barrier()  # before any rank appends to them
 
 
 def make_knn(
-    config: Config, shards: ShardSet, val: ShardSet | None, image_size: tuple[int, int], world: World
+    config: Config,
+    shards: ShardSet,
+    val: ShardSet | None,
+    image_size: tuple[int, int],
+    world: World,
+    agreement: Agreement,
+    watchdog: Watchdog,
 ) -> KnnEvaluation | None:
-    """The evaluation of the features, where both sets have labels."""
+    """The evaluation of the features, where both sets have labels; it ends early where the run is asked to stop."""
     if val is None or shards.classes is None or val.classes is None:
         return None
 
     def one_pass(source: ShardSet, limit: int | None) -> Callable[[], Iterable[Batch]]:
-        return lambda: EvaluationStream(
-            source,
-            config.data,
-            image_size=image_size,
-            batch_size=config.evaluate.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            limit=limit,
-        )
+        def batches() -> Iterator[Batch]:
+            stream = EvaluationStream(
+                source,
+                config.data,
+                image_size=image_size,
+                batch_size=config.evaluate.batch_size,
+                rank=world.rank,
+                world_size=world.size,
+                limit=limit,
+            )
+            try:
+                yield from agreement.watched(stream, watchdog.alive)
+            finally:
+                stream.close()
+
+        return batches
 
     return KnnEvaluation(
         one_pass(shards, config.evaluate.bank), one_pass(val, None), max(shards.classes, val.classes), world
@@ -309,4 +415,7 @@ def evaluation(knn: KnnEvaluation, strategy: Strategy) -> Callable[[], dict[str,
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    sys.exit(main())
+    status = main()
+    if status == EXIT_STOPPED:
+        depart(status)  # where the launcher has died, there may be nowhere left to write to, and nothing to close
+    sys.exit(status)

@@ -3,7 +3,7 @@
 A strategy is built from a function that makes the module (on whatever device the strategy chooses: no strategy that
 shards ever holds the whole of it), one that sorts parameters into optimiser groups, and the settings below. From then
 on all strategies do the same arithmetic: fp32 masters and reductions, AdamW on the masters, the global gradient norm,
-and a step that is skipped by every rank when that norm is not finite.
+and a step that is skipped by every rank when that norm is refused.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ class StepSettings:
     compile: bool
 
 
+Refusal = Callable[[Tensor], Tensor]  # the gradient norm [] -> whether to leave the update out, bool [] on its device
+
+
+def not_finite(norm: Tensor) -> Tensor:
+    """Refuses what every strategy has to."""
+    return ~norm.isfinite()
+
+
 class Strategy(Protocol):
     """One way to spread a module and its optimiser over the ranks.
 
@@ -60,9 +68,12 @@ class Strategy(Protocol):
         """One micro-batch, the `micro_step`-th of its step: the module's outputs, detached; gradients accumulate."""
         ...
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, refuse: Refusal = not_finite) -> Tensor:
         """Clips, updates and clears the gradients. Returns the global gradient norm before clipping, a scalar that may
-        still be on the device; where it is not finite no rank has updated anything."""
+        still be on the device; where `refuse` says so of it no rank has updated anything.
+
+        refuse: is called once, with the norm; a norm that is not finite must be refused
+        """
         ...
 
     def refresh(self) -> None:

@@ -23,9 +23,11 @@ from nepa_scale.sharding.shard import Shard
 from nepa_scale.sharding.strategy import (
     Grouping,
     ModuleBuilder,
+    Refusal,
     StepSettings,
     create_moments,
     make_adamw,
+    not_finite,
     optimizer_groups,
     set_learning_rate,
     units_of,
@@ -109,7 +111,7 @@ class TorchStrategy:
         return {name: tensor.detach() for name, tensor in outputs.items()}
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, refuse: Refusal = not_finite) -> Tensor:
         gradients = [_local(_gradient(parameter)) for parameter in self._parameters]
         norm = self._global_norm(gradients)
         if self.settings.clip > 0:
@@ -120,7 +122,7 @@ class TorchStrategy:
             local.grad = gradient
         set_learning_rate(self.optimizer, lr)
         # the fused kernels leave weights, moments and count alone where this flag is set: no wait for the device
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = refuse(norm).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         for parameter, local in zip(self._parameters, self._locals, strict=True):
             parameter.grad = local.grad = None

@@ -1,8 +1,9 @@
 """DeepSpeed's ZeRO stages 1, 2 and 3, with or without offload.
 
 The engine does the sharding, the reductions, the accumulation, the clipping and the skipping of steps that are not
-finite. What is ours is the optimiser (torch's AdamW, the same as everywhere), the initial weights (written to the fp32
-masters, since in bf16 the engine would round them first), and the `Shard` views of the engine's flat buffers.
+finite. What is ours is the optimiser (torch's AdamW, the same as everywhere), which leaves out the updates that are
+refused for another reason, the initial weights (written to the fp32 masters, since in bf16 the engine would round them
+first), and the `Shard` views of the engine's flat buffers.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from nepa_scale.sharding.shard import Shard
 from nepa_scale.sharding.strategy import (
     Grouping,
     ModuleBuilder,
+    Refusal,
     StepSettings,
     create_moments,
     make_adamw,
+    not_finite,
     optimizer_groups,
     set_learning_rate,
     units_of,
@@ -75,6 +78,9 @@ class ZeroStrategy:
         self._adamw: torch.optim.AdamW = self._zero.optimizer
         self._masters = self._flat_masters()
         create_moments(self._adamw, self._masters)
+        self._refuse: Refusal = not_finite
+        self._refused: Tensor | None = None
+        self._adamw.register_step_pre_hook(self._judge)
         self.shards = [shard for n in names if (shard := self._describe(n, parameters[n])) is not None]
 
     def _build_module(self, build: ModuleBuilder, config: dict[str, Any]) -> nn.Module:
@@ -135,10 +141,25 @@ class ZeroStrategy:
             self.engine.step()  # counts the micro-step; the last one is `step`
         return {name: tensor.detach() for name, tensor in outputs.items()}
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, refuse: Refusal = not_finite) -> Tensor:
         set_learning_rate(self._adamw, lr)
+        self._refuse, self._refused = refuse, None
         self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        norm = self._norm()
+        if self._refused is None:  # the engine has seen for itself that it is not finite
+            refuse(norm)
+        return norm
+
+    def _norm(self) -> Tensor:
+        """The global gradient norm of the last step, or of the one that the engine is in the midst of."""
+        return torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.world.device)
+
+    def _judge(self, *_: Any) -> None:
+        """Before each of the engine's calls of the optimiser, of which a step has one for each of its groups."""
+        if self._refused is None:
+            self._refused = self._refuse(self._norm()).float()
+        # the fused kernels leave weights, moments and count alone where this flag is set: no wait for the device
+        self._adamw.found_inf = self._refused  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -46,10 +46,19 @@ from nepa_scale.training.checkpoint_format import (
 from nepa_scale.training.fault_injection import fault_point
 from nepa_scale.training.part_files import PartImage
 
-__all__ = ["CheckpointFailure", "Checkpointer", "find_checkpoint", "load_shards", "locate_checkpoint", "read_meta"]
+__all__ = [
+    "CheckpointFailure",
+    "Checkpointer",
+    "find_checkpoint",
+    "find_checkpoint_before",
+    "load_shards",
+    "locate_checkpoint",
+    "read_meta",
+]
 
 _STEP = re.compile(r"step_(\d{8,})")
 _HIDDEN, _REPLACED = ".tmp_", ".old_"
+_LEFT = "left_"  # of a history that the run went back before: never resumed from by itself
 # the background group's: generous, since a rank may write for minutes before it has something to say
 _PATIENCE = timedelta(minutes=30)
 
@@ -133,16 +142,20 @@ class Checkpointer:
         self.wait()
         json.dumps(meta)
         fault_point("save-begun")
-        self.reserve(shards, replicated=replicated)
-        assert self._image is not None
-        self._image.copy_from(shards)
+
+        def copy() -> None:
+            self.reserve(shards, replicated=replicated)
+            assert self._image is not None
+            self._image.copy_from(shards)
+
+        problem = self._attempt(copy)
         fault_point("save-copied")
         shapes = {shard.name: tuple(shard.shape) for shard in shards}
         meta = meta | {
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {name: version(name) for name in ("nepa_scale", "torch")},
         }
-        self._pending.append(self._thread.submit(self._save, step, self._image, shapes, meta))
+        self._pending.append(self._thread.submit(self._save, step, self._image, shapes, meta, problem))
 
     def wait(self) -> None:
         """Returns when everything asked for is on the disk, or has failed with a warning.
@@ -167,10 +180,27 @@ class Checkpointer:
         """{"step", "metric", "value"} of the best checkpoint so far, also that of the job before; None without one."""
         return _read_best(self.folder)
 
-    def mark_best(self, step: int, metric: str, value: float) -> None:
-        """Keeps the checkpoint of `step`, saved or being saved, until another is marked, and points `best` at it."""
-        if self.rank == 0:
-            self._pending.append(self._thread.submit(self._mark_best, step, metric, value))
+    def mark_best(self, step: int, metric: str, value: float, *, if_better: bool = False) -> None:
+        """Keeps the checkpoint of `step`, saved or being saved, until another is marked, and points `best` at it.
+        Collective; returns at once, and fails as a save does.
+
+        if_better: only where `value` is above the present best's, of the same metric
+        """
+        self._pending.append(self._thread.submit(self._mark_best, step, metric, value, if_better))
+
+    def go_back(self, step: int) -> None:
+        """Leaves the history after `step`: checkpoints of later steps are removed, or set aside where they are to be
+        kept for good. Collective.
+
+        Raises:
+            CheckpointFailure: that cannot be done.
+        """
+        self.wait()
+        problem: _Problem | None = first(
+            self._exchange(self._attempt(lambda: self._leave_behind(step) if self.rank == 0 else None))
+        )
+        if problem is not None:
+            raise CheckpointFailure(f"checkpoints after step {step} cannot be removed: {problem.reason}")
 
     def close(self) -> None:
         """Finishes what is pending; raises nothing that `wait` would."""
@@ -181,25 +211,40 @@ class Checkpointer:
 
     # in the background from here on
 
-    def _save(self, step: int, image: PartImage, shapes: dict[str, tuple[int, ...]], meta: dict[str, Any]) -> None:
+    def _save(
+        self,
+        step: int,
+        image: PartImage | None,
+        shapes: dict[str, tuple[int, ...]],
+        meta: dict[str, Any],
+        problem: _Problem | None,
+    ) -> None:
+        """problem: why this rank has nothing to write"""
         name = f"step_{step:08d}"
         try:
-            problem = self._write(name, image, shapes, meta)
-        except RuntimeError as error:  # the others are gone, and with them the checkpoint
-            problem = _Problem(f"rank {self.rank} lost the other ranks ({' '.join(str(error).split())[:200]})", False)
-        if problem is None:
-            return
-        previous = self.latest()
-        message = (
-            f"checkpoint {name} was not written: {problem.reason}. The newest complete one is "
-            f"{previous if previous else 'none'}"
-        )
+            problem = self._write(name, image, shapes, meta, problem)
+        except RuntimeError as error:
+            problem = self._lost_others(error)
+        if problem is not None:
+            previous = self.latest()
+            self._report(
+                problem,
+                f"checkpoint {name} was not written: {problem.reason}. The newest complete one is "
+                f"{previous if previous else 'none'}",
+            )
+
+    def _lost_others(self, error: RuntimeError) -> _Problem:
+        return _Problem(f"rank {self.rank} lost the other ranks ({' '.join(str(error).split())[:200]})", False)
+
+    def _report(self, problem: _Problem, message: str) -> None:
         if problem.mistake or self.stop_on_failure:
             self._failure = message
         elif self.rank == 0:
             _warn(message)
 
-    def _write(self, name: str, image: PartImage, shapes: Any, meta: dict[str, Any]) -> _Problem | None:
+    def _write(
+        self, name: str, image: PartImage | None, shapes: Any, meta: dict[str, Any], problem: _Problem | None
+    ) -> _Problem | None:
         """Steps 2 to 4 of the module's docstring; why that failed, the same on all ranks, or None."""
         temporary = self.folder / f"{_HIDDEN}{name}"
 
@@ -209,6 +254,7 @@ class Checkpointer:
                 temporary.mkdir()
 
         def write_part() -> None:
+            assert image is not None
             written.append(image.write(temporary / f"part_{self.rank:05d}.safetensors"))
 
         def publish() -> None:
@@ -223,10 +269,11 @@ class Checkpointer:
                 self._publish(temporary, name)
 
         written: list[Any] = []
-        problem: _Problem | None = first(self._exchange(self._attempt(make_folder)))
+        problem = first(self._exchange(problem or self._attempt(make_folder)))
         if problem is None:
             problem = first(self._exchange(self._attempt(write_part)))
         if problem is None:
+            assert image is not None
             described = self._exchange((written[0], image.pieces, shapes))
             problem = self._attempt(publish)
         if problem is not None and self.rank == 0:
@@ -252,35 +299,69 @@ class Checkpointer:
         self._retire(final)
 
     def _retire(self, newest: Path) -> None:
-        complete = _complete(self.folder)
-        later = [path for path in complete if _step(path) > _step(newest)]
-        if later:
-            _warn(
-                f"removing {', '.join(p.name for p in later)}: the run went back before them and is past {newest.name}"
-            )
-        best = _read_best(self.folder)
-        if best is not None and best["step"] > _step(newest):
-            _unlink(self.folder / "best", self.folder / "best.json")
-            best = None
-        earlier = [path for path in complete if path not in later]
-        for path in [*earlier[: -self.keep], *later]:
-            milestone = self.keep_every > 0 and _step(path) % self.keep_every == 0
-            is_best = best is not None and best["step"] == _step(path)
-            if path in later or not (milestone or is_best):
-                hidden = path.rename(self.folder / f"{_HIDDEN}{path.name}")
-                fault_point("retention-hidden")
-                shutil.rmtree(hidden, ignore_errors=True)
+        """Removes what retention does not keep, now that `newest` is there."""
+        self._leave_behind(_step(newest))
+        for path in _complete(self.folder)[: -self.keep]:
+            if not self._is_kept(path):
+                self._remove(path)
         fault_point("retention-done")
 
-    def _mark_best(self, step: int, metric: str, value: float) -> None:
-        path = self.folder / f"step_{step:08d}"
-        if not path.is_dir():
-            _warn(f"{metric}={value:g} is the best so far, but there is no checkpoint {path.name} to keep")
+    def _leave_behind(self, step: int) -> None:
+        later = [path for path in _complete(self.folder) if _step(path) > step]
+        if not later:
             return
-        temporary = self.folder / f"{_HIDDEN}best.json"
-        temporary.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
-        temporary.replace(self.folder / "best.json")
-        _point("best", path)
+        kept = [path for path in later if self._is_kept(path)]
+        aside = f"; {', '.join(p.name for p in kept)} is kept as {_LEFT}{kept[0].name}" if kept else ""
+        _warn(f"removing {', '.join(p.name for p in later)}: the run went back to {step}, before them{aside}")
+        best = _read_best(self.folder)
+        if best is not None and best["step"] > step:
+            _unlink(self.folder / "best", self.folder / "best.json")
+        for path in reversed(later):  # the newest first: a death here leaves none that a resume would prefer
+            if path in kept:
+                left = self.folder / f"{_LEFT}{path.name}"
+                shutil.rmtree(left, ignore_errors=True)  # of a step that was left before
+                path.rename(left)
+            else:
+                self._remove(path)
+        remaining = _complete(self.folder)
+        if remaining:
+            _point("latest", remaining[-1])
+        sync_folder(self.folder)
+
+    def _is_kept(self, path: Path) -> bool:
+        """Whether the checkpoint is kept though there are newer ones."""
+        best = _read_best(self.folder)
+        milestone = self.keep_every > 0 and _step(path) % self.keep_every == 0
+        return milestone or (best is not None and best["step"] == _step(path))
+
+    def _remove(self, path: Path) -> None:
+        hidden = self.folder / f"{_HIDDEN}{path.name}"
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        fault_point("retention-hidden")
+        shutil.rmtree(hidden, ignore_errors=True)
+
+    def _mark_best(self, step: int, metric: str, value: float, if_better: bool) -> None:
+        path = self.folder / f"step_{step:08d}"
+
+        def mark() -> None:
+            best = _read_best(self.folder)
+            if self.rank > 0 or (if_better and best and best["metric"] == metric and best["value"] >= value):
+                return
+            if not path.is_dir():
+                _warn(f"{metric}={value:g} is the best so far, but there is no checkpoint {path.name} to keep")
+                return
+            temporary = self.folder / f"{_HIDDEN}best.json"
+            temporary.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+            temporary.replace(self.folder / "best.json")
+            _point("best", path)
+
+        try:
+            problem: _Problem | None = first(self._exchange(self._attempt(mark)))
+        except RuntimeError as error:
+            problem = self._lost_others(error)
+        if problem is not None:
+            self._report(problem, f"{path.name} could not be marked as the best by {metric}: {problem.reason}")
 
     def _attempt(self, action: Callable[[], None]) -> _Problem | None:
         """Runs `action`; why that failed, whatever it was: the other ranks are waiting to hear of it."""
@@ -318,6 +399,20 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
     candidates, problem = everywhere(_candidates(place, resume))[0]
     if problem is not None:
         raise ConfigError(problem)
+    return _newest_sound(candidates, place)
+
+
+def find_checkpoint_before(run: Path, step: int) -> Path | None:
+    """The newest checkpoint of the run folder, not damaged, of a step before `step`; None without one. Collective.
+
+    Raises:
+        ConfigError: all that there are are damaged.
+    """
+    candidates = everywhere([path for path in _complete(run / "checkpoints") if _step(path) < step])[0]
+    return _newest_sound(candidates, run)
+
+
+def _newest_sound(candidates: list[Path], place: Path) -> Path | None:
     damages = []
     for path in reversed(candidates):
         damage = find_damage(path)

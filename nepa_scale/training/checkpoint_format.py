@@ -45,11 +45,16 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Where everything is. ranges: name -> kind -> [(part, start, stop, offset)], by start and without gaps."""
+    """Where everything is.
+
+    ranges: name -> kind -> [(part, start, stop, offset)], by start and without gaps
+    block_bytes: the size of the blocks that the parts' checksums are of
+    """
 
     parts: list[Part]
     shapes: Shapes
     ranges: dict[str, dict[str, list[tuple[int, int, int, int]]]]
+    block_bytes: int
 
 
 def build_index(parts: list[Part], pieces: list[list[Piece]], shapes: Shapes) -> Index:
@@ -66,21 +71,21 @@ def build_index(parts: list[Part], pieces: list[list[Piece]], shapes: Shapes) ->
             edges = [0, *(stop for _, _, stop, _ in found)]
             if edges != [*(start for _, start, _, _ in found), math.prod(shapes[name])]:
                 raise ValueError(f"the ranks' ranges of {name} ({kind}) leave gaps or overlap")
-    return Index(parts, shapes, ranges)
+    return Index(parts, shapes, ranges, BLOCK_BYTES)
 
 
 def write_index(folder: Path, index: Index) -> None:
     """Writes `index.json` durably. Raises OSError."""
     parameters = {name: {"shape": index.shapes[name], "ranges": kinds} for name, kinds in index.ranges.items()}
     parts = [dataclasses.asdict(part) for part in index.parts]
-    values = {"format": FORMAT, "block_bytes": BLOCK_BYTES, "parts": parts, "parameters": parameters}
+    values = {"format": FORMAT, "block_bytes": index.block_bytes, "parts": parts, "parameters": parameters}
     _write_sealed(folder / INDEX, values)
 
 
 def read_index(folder: Path) -> Index:
     """Raises Corrupt, or ConfigError where a newer program wrote it."""
     values = _read_sealed(folder / INDEX)
-    if values["format"] != FORMAT or values["block_bytes"] != BLOCK_BYTES:
+    if values["format"] != FORMAT:
         raise ConfigError(f"{folder} has format {values['format']}, but this program reads {FORMAT}: update nepa_scale")
     return Index(
         parts=[Part(**part) for part in values["parts"]],
@@ -89,6 +94,7 @@ def read_index(folder: Path) -> Index:
             name: {kind: [tuple(item) for item in found] for kind, found in entry["ranges"].items()}
             for name, entry in values["parameters"].items()
         },
+        block_bytes=values["block_bytes"],
     )
 
 
@@ -148,15 +154,18 @@ def _damage_in_share(folder: Path) -> str | None:
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
         _read_sealed(folder / META)
-        parts = read_index(folder).parts
+        index = read_index(folder)
+        parts = index.parts
         blocks = [(part, block) for part in parts for block in range(len(part.checksums))]
         mine = blocks[len(blocks) * rank // size : len(blocks) * (rank + 1) // size]
         for part in parts:
-            with PartReader(folder, part) as reader:  # opening it compares the size
+            with PartReader(folder, part, index.block_bytes) as reader:  # opening it compares the size
                 for _, block in (item for item in mine if item[0] is part):
                     reader.verify(block)
     except (Corrupt, ConfigError) as error:
         return str(error)
+    except Exception as error:  # whatever it is: the other ranks are waiting to hear of it
+        return f"{folder} cannot be read: {_in_words(error)}"
     return None
 
 
@@ -173,8 +182,8 @@ def load_shards(path: str | Path, shards: list[Shard]) -> None:
     problem, index = None, None
     try:
         index = read_index(folder)
-    except (Corrupt, ConfigError) as error:
-        problem = f"no usable checkpoint: {error}"
+    except Exception as error:
+        problem = f"no usable checkpoint: {_in_words(error)}"
     shapes = everywhere({shard.name: tuple(shard.shape) for shard in shards})
     if index is not None:
         problem = _difference(index, shapes, {kind for shard in shards for kind in shard.tensors}, folder)
@@ -182,8 +191,8 @@ def load_shards(path: str | Path, shards: list[Shard]) -> None:
     assert index is not None
     try:
         _read(folder, index, shards)
-    except Corrupt as error:
-        problem = f"the checkpoint {folder} cannot be loaded: {error}"
+    except Exception as error:
+        problem = f"the checkpoint {folder} cannot be loaded: {_in_words(error)}"
     _raise_together(problem)
 
 
@@ -215,9 +224,13 @@ def _read(folder: Path, index: Index, shards: list[Shard]) -> None:
                     target = tensor[low - shard.start : high - shard.start]
                     wanted.setdefault(part, []).append((offset + (low - start) * FLOAT_BYTES, target))
     for part, reads in sorted(wanted.items()):
-        with PartReader(folder, index.parts[part]) as reader:
+        with PartReader(folder, index.parts[part], index.block_bytes) as reader:
             for offset, target in sorted(reads, key=lambda item: item[0]):
                 reader.read_into(target, offset)
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, Corrupt | ConfigError) else f"{type(error).__name__}: {error}"
 
 
 def _raise_together(problem: str | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from nepa_scale.sharding import Shard, Strategy
 
@@ -27,9 +28,14 @@ class MovingAverage:
         torch._foreach_copy_(self._averages, self._masters)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """ema <- decay * ema + (1 - decay) * weights."""
-        torch._foreach_lerp_(self._averages, self._masters, 1.0 - self.decay)
+    def update(self, refused: Tensor) -> None:
+        """ema <- decay * ema + (1 - decay) * weights; nothing where the step's update was refused.
+
+        refused: bool [], on the device: to leave out an update needs no wait for it
+        """
+        weight = torch.where(refused, 0.0, 1.0 - self.decay)
+        for average, master in zip(self._averages, self._masters, strict=True):
+            average.lerp_(master, weight.to(average.device))
 
     @contextmanager
     def applied(self, strategy: Strategy) -> Iterator[None]:

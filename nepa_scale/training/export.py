@@ -131,7 +131,7 @@ def _copy(
     buffer = torch.empty(BLOCK_BYTES // FLOAT_BYTES)
     done = 0
     for part, reads in sorted(wanted.items()):
-        with PartReader(folder, index.parts[part]) as reader:
+        with PartReader(folder, index.parts[part], index.block_bytes) as reader:
             for source, target, size in sorted(reads):
                 for begin in range(0, size, BLOCK_BYTES):
                     piece = buffer[: min(BLOCK_BYTES, size - begin) // FLOAT_BYTES]

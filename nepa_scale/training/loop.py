@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from nepa_scale.config import Config, to_dict
 from nepa_scale.data.batch import Batch
 from nepa_scale.sharding import ParameterGroup, Strategy, World
+from nepa_scale.training.agreement import Agreement, Stopped, StopRequest
+from nepa_scale.training.backward_probe import BackwardProbe
 from nepa_scale.training.batching import BatchPlan
 from nepa_scale.training.checkpoint import Checkpointer
 from nepa_scale.training.ema import MovingAverage
-from nepa_scale.training.metrics import BadStep, Costs, Meter
+from nepa_scale.training.metrics import Costs, Meter
 from nepa_scale.training.optimization import learning_rate
 from nepa_scale.training.progress import TerminalProgress, Tracker
 from nepa_scale.training.run_folder import JsonLines
+from nepa_scale.training.skips import SKIPPED_STEPS, SkipLog
+from nepa_scale.training.update_guard import UpdateGuard
+from nepa_scale.training.watchdog import Watchdog
 
 
 class Task(Protocol):
@@ -37,10 +42,6 @@ class Task(Protocol):
     def inputs(self, batch: Batch, step: int) -> dict[str, Any]: ...
 
     def diagnostics(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
-
-
-class TrainingFailure(RuntimeError):
-    """Training cannot go on; the message says why and which checkpoint is good."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,20 @@ class Schedule:
         )
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where in a run training goes on.
+
+    step: updates made or skipped so far
+    passed_over: global batches that were left out beside them, by rewinds
+    evaluate: whether the evaluation of this step is still to be made
+    """
+
+    step: int = 0
+    passed_over: int = 0
+    evaluate: bool = True
+
+
 @dataclass
 class Run:
     """Everything that the loop drives, already built."""
@@ -69,79 +84,89 @@ class Run:
     task: Task
     strategy: Strategy
     average: MovingAverage | None
+    guard: UpdateGuard
+    probe: BackwardProbe | None  # None: what is compiled cannot be looked into
     plan: BatchPlan
     schedule: Schedule
     costs: Costs
     folder: Path
     checkpointer: Checkpointer
+    watchdog: Watchdog
+    agreement: Agreement
     trackers: list[Tracker]
-    evaluate: Callable[[], dict[str, float]] | None  # collective
+    evaluate: Callable[[], dict[str, float]] | None  # collective; raises Stopped
     dataset_samples: int
 
 
-def train(run: Run, batches: Iterator[Batch], start: int) -> int:
-    """Trains from step `start` (0: from the beginning) to the end of the schedule; returns the last step.
+def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | None:
+    """Trains from `start` to the end of the schedule. Collective.
 
-    A step's number is the count of updates up to and including it. Collective.
+    A step's number is the count of updates, made or skipped, up to and including it. Returns None at the end; or what
+    asked for a stop, after which everything has been saved.
     Raises:
-        TrainingFailure: too many steps in a row were not finite.
+        TooManySkipped: in a row.
     """
-    config, world, strategy = run.config, run.world, run.strategy
-    metrics = JsonLines(run.folder / "metrics.jsonl") if world.is_main else None
-    samples = JsonLines(run.folder / "samples" / f"rank_{world.rank}.jsonl") if config.train.log_samples else None
-    progress = TerminalProgress(start, run.schedule.total, enabled=world.is_main)
-    guard = SkipGuard(config.train.max_skipped)
-
-    def record(row: dict[str, Any]) -> None:
-        if metrics is not None:
-            metrics.write(row)
-            for tracker in run.trackers:
-                tracker.log(row)
-
+    config, strategy, watchdog, total = run.config, run.strategy, run.watchdog, run.schedule.total
+    logs = Logs(run, start.step)
+    stop: StopRequest | None = None
     try:
-        if start == 0 and run.evaluate is not None:
-            record({"step": 0} | run.evaluate())
+        if start.evaluate:
+            stop = evaluate(run, logs, start.step)
+            if stop is None and start.step > 0:
+                save(run, start)  # it is no longer due
         # here, so that the first window's rate is of training alone
-        meter = Meter(world, run.costs, run.plan.global_batch_size, run.schedule.steps_per_epoch)
-        for step in range(start + 1, run.schedule.total + 1):
-            outputs, loss, keys, waited = _accumulate(run, batches, step)
+        meter = Meter(run.world, run.costs, run.plan.global_batch_size, run.schedule.steps_per_epoch)
+        step = start.step
+        for step in range(start.step + 1, total + 1) if stop is None else ():
+            run.agreement.begin()
+            outputs, loss, keys, waited = _accumulate(run, batches, step, patient=step == start.step + 1)
+            watchdog.at(step, "updating", patient=step == start.step + 1)
             lr = run.schedule.lr(step - 1)
-            norm = strategy.step(lr)
+            norm = strategy.step(lr, run.guard)
             if run.average is not None:
-                run.average.update()
-            meter.add_step(loss, norm, keys, waited)
-            if samples is not None:
-                samples.write({"step": step, "keys": keys})
-            if step % config.train.log_every == 0 or step == run.schedule.total:
+                run.average.update(run.guard.refused)
+            sound = loss.isfinite() if run.probe is None else loss.isfinite() & run.probe.take()
+            meter.add_step(loss, norm, refused=run.guard.refused, sound=sound, keys=keys, data_seconds=waited)
+            logs.add_samples(step, keys)
+            watchdog.at(step, "after the update")
+            stop = run.agreement.finish()
+            if step % config.train.log_every == 0 or step == total or stop is not None:
                 row, bad = meter.row(step, lr, run.task.diagnostics(outputs))
-                record(row)
-                progress.update(row)
-                guard.check(bad, run.checkpointer, progress)
+                logs.add_row(row)
+                logs.skips.check(bad, step, run.checkpointer, logs.progress)
             began = time.perf_counter()
-            if run.evaluate is not None and _due(step, config.evaluate.every, run.schedule.total):
-                found = run.evaluate()
-                record({"step": step} | found)
-                progress.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-            if _due(step, config.checkpoint.every, run.schedule.total):
-                save(run, step)
+            evaluation_due = run.evaluate is not None and _due(step, config.evaluate.every, total)
+            if evaluation_due and stop is None:
+                stop = evaluate(run, logs, step)
+                evaluation_due = stop is not None
+            if stop is not None or _due(step, config.checkpoint.every, total):
+                save(run, Position(step, start.passed_over, evaluation_due))
+                mark_best(run, logs, step)
             meter.pause(time.perf_counter() - began)
-        run.checkpointer.wait()
+            if stop is not None:
+                break
+        with watchdog.patient(step, "saving"):
+            run.checkpointer.wait()
     finally:
-        progress.close()
-        for log in (metrics, samples):
-            if log is not None:
-                log.close()
-    return run.schedule.total
+        logs.close()
+    return stop
 
 
-def _accumulate(run: Run, batches: Iterator[Batch], step: int) -> tuple[dict[str, Tensor], Tensor, list[str], float]:
-    """Forward and backward over a step's micro-batches: last outputs, mean loss [], sample keys, seconds waited."""
+def _accumulate(
+    run: Run, batches: Iterator[Batch], step: int, *, patient: bool
+) -> tuple[dict[str, Tensor], Tensor, list[str], float]:
+    """Forward and backward over a step's micro-batches: last outputs, mean loss [], sample keys, seconds waited.
+
+    patient: the step may compile, and is given more time
+    """
     losses, keys, waited = [], [], 0.0
     outputs: dict[str, Tensor] = {}
     for micro_step in range(run.plan.accumulation):
+        run.watchdog.at(step, "waiting for data", patient=patient)
         began = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - began
+        run.watchdog.at(step, "computing", patient=patient)
         inputs = run.task.inputs(batch.to_device(run.world.device), step - 1)
         outputs = run.strategy.forward_backward(inputs, micro_step)
         losses.append(outputs["loss"])
@@ -153,40 +178,81 @@ def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def save(run: Run, step: int) -> None:
-    """Starts writing the checkpoint of `step`. Collective."""
+def evaluate(run: Run, logs: Logs, step: int) -> StopRequest | None:
+    """Evaluates, where the run does, and records what it finds; returns what asked for a stop meanwhile. Collective."""
+    if run.evaluate is None:
+        return None
+    try:
+        with run.watchdog.patient(step, "evaluating"):
+            found = run.evaluate()
+    except Stopped as stopped:
+        return stopped.request
+    logs.add_evaluation(step, found)
+    return None
+
+
+def save(run: Run, position: Position) -> None:
+    """Starts writing the checkpoint of `position`. Collective."""
     meta = {
-        "step": step,
+        "step": position.step,
+        "passed_over": position.passed_over,
+        "evaluate": position.evaluate,
         "optimizer_steps": run.strategy.optimizer_steps(),
-        "samples_seen": step * run.plan.global_batch_size,
+        "samples_seen": position.step * run.plan.global_batch_size,
+        "recent_norms": run.guard.state(),
         "dataset_samples": run.dataset_samples,
         "strategy": run.strategy.name,
         "world_size": run.world.size,
         "config": to_dict(run.config),
     }
-    run.checkpointer.save(step, run.strategy.shards, replicated=run.strategy.replicated, meta=meta)
+    with run.watchdog.patient(position.step, "saving"):
+        run.checkpointer.save(position.step, run.strategy.shards, replicated=run.strategy.replicated, meta=meta)
 
 
-class SkipGuard:
-    """Reports the steps that were skipped and stops a run that skips too many in a row."""
+def mark_best(run: Run, logs: Logs, step: int) -> None:
+    """Has the checkpoint of `step`, just saved, kept if the evaluation of the same step was the best so far."""
+    metric = run.config.checkpoint.best
+    if metric is None or logs.evaluated[0] != step or metric not in logs.evaluated[1]:
+        return
+    run.checkpointer.mark_best(step, metric, logs.evaluated[1][metric], if_better=True)
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._last, self._in_a_row = -1, 0
 
-    def check(self, bad: list[BadStep], checkpointer: Checkpointer, progress: TerminalProgress) -> None:
-        """Raises TrainingFailure at the limit, on every rank alike."""
-        for step in bad:
-            self._in_a_row = self._in_a_row + 1 if step.step == self._last + 1 else 1
-            self._last = step.step
-            where = (
-                f"rank {', '.join(map(str, step.ranks))}" if step.ranks else "the gradient, though every loss is finite"
-            )
-            names = f"; samples {' '.join(step.keys[:8])}{' ...' if len(step.keys) > 8 else ''}" if step.keys else ""
-            progress.say(f"step {step.step} was skipped: not finite on {where}{names}")
-            if self._in_a_row >= self.limit:
-                good = checkpointer.latest()
-                raise TrainingFailure(
-                    f"{self._in_a_row} steps in a row up to step {step.step} were not finite (on {where}{names}); "
-                    f"the last good checkpoint is {good or 'none'}. Lower optimizer.base_lr or look at the samples"
-                )
+class Logs:
+    """What a run writes for people and plots; files by the main rank, except each rank's own samples."""
+
+    def __init__(self, run: Run, start: int) -> None:
+        main = run.world.is_main
+        self._metrics = JsonLines(run.folder / "metrics.jsonl") if main else None
+        self._skipped = JsonLines(run.folder / SKIPPED_STEPS) if main else None
+        path = run.folder / "samples" / f"rank_{run.world.rank}.jsonl"
+        self._samples = JsonLines(path) if run.config.train.log_samples else None
+        self._trackers = run.trackers
+        self.progress = TerminalProgress(start, run.schedule.total, enabled=main)
+        self.skips = SkipLog(run.config.train.max_skipped, self._skipped)
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, what it found
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        self._record(row)
+        self.progress.update(row)
+
+    def add_evaluation(self, step: int, found: dict[str, float]) -> None:
+        self.evaluated = (step, found)
+        self._record({"step": step} | found)
+        if step > 0:
+            self.progress.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+
+    def add_samples(self, step: int, keys: list[str]) -> None:
+        if self._samples is not None:
+            self._samples.write({"step": step, "keys": keys})
+
+    def close(self) -> None:
+        self.progress.close()
+        for log in (self._metrics, self._skipped, self._samples):
+            if log is not None:
+                log.close()
+
+    def _record(self, row: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(row)
+            for tracker in self._trackers:
+                tracker.log(row)

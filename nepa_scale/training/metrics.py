@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ class Window:
 
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    refused: list[Tensor] = field(default_factory=list)
+    sound: list[Tensor] = field(default_factory=list)
     keys: list[list[str]] = field(default_factory=list)
     data_seconds: float = 0.0
     paused_seconds: float = 0.0
@@ -36,11 +39,17 @@ class Window:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that no rank applied because the loss or the gradient was not finite on `ranks`."""
+    """A step that no rank applied.
+
+    why: "not finite on rank 1", for instance
+    ranks: whose loss or backward pass was not finite; all, where none's shows it, or where the norm was a spike
+    keys: of those ranks' samples
+    """
 
     step: int
+    why: str
     ranks: list[int]
-    keys: list[str]  # of those ranks' samples
+    keys: list[str]
 
 
 class Meter:
@@ -51,10 +60,21 @@ class Meter:
         self.global_batch_size, self.steps_per_epoch = global_batch_size, steps_per_epoch
         self.window = Window()
 
-    def add_step(self, loss: Tensor, norm: Tensor, keys: list[str], data_seconds: float) -> None:
-        """loss: this rank's mean over its micro-batches; norm: the global gradient norm, both []."""
+    def add_step(
+        self, loss: Tensor, norm: Tensor, *, refused: Tensor, sound: Tensor, keys: list[str], data_seconds: float
+    ) -> None:
+        """All tensors are [] and may still be on the device.
+
+        loss: this rank's mean over its micro-batches
+        norm: the global gradient norm
+        refused: whether all ranks left out the update
+        sound: whether this rank's loss and backward pass were finite
+        keys: of this rank's samples
+        """
         self.window.losses.append(loss)
         self.window.norms.append(norm)
+        self.window.refused.append(refused)
+        self.window.sound.append(sound)
         self.window.keys.append(keys)
         self.window.data_seconds += data_seconds
 
@@ -65,12 +85,13 @@ class Meter:
     def row(self, step: int, lr: float, diagnostics: dict[str, Tensor]) -> tuple[dict[str, Any], list[BadStep]]:
         """Ends the window at `step`. Collective. Returns the metrics row and the steps that were skipped."""
         window, self.window = self.window, Window()
-        losses, norms = torch.stack(window.losses), torch.stack(window.norms).to(window.losses[0].device)
-        finite = norms.isfinite()
+        device = window.losses[0].device
+        losses, norms = torch.stack(window.losses), torch.stack(window.norms).to(device)
+        refused = torch.stack(window.refused).to(device)
         reduced = mean_over_ranks(
             {
-                "loss": torch.where(finite, losses, 0.0).sum() / finite.sum(),
-                "skipped": (~finite).sum(),
+                "loss": torch.where(refused, 0.0, losses).sum() / (~refused).sum(),
+                "skipped": refused.sum(),
                 "grad_norm": norms[-1],
                 "data_seconds": torch.tensor(window.data_seconds, device=losses.device),
                 **diagnostics,
@@ -80,7 +101,7 @@ class Meter:
         seconds = time.perf_counter() - window.began - window.paused_seconds
         rate = steps * self.global_batch_size / seconds
         skipped = int(reduced.pop("skipped"))
-        bad = self._name_bad_steps(step, window, losses, finite) if skipped else []
+        bad = self._name_bad_steps(step, window, norms, refused) if skipped else []
         seen = step * self.global_batch_size
         peak = self.costs.peak_flops
         row = {
@@ -89,8 +110,8 @@ class Meter:
             "samples_seen": seen,
             "tokens_seen": seen * self.costs.tokens_per_image,
             "flops_seen": seen * self.costs.train_flops_per_image,
-            "loss": reduced.pop("loss"),
-            "grad_norm": reduced.pop("grad_norm"),
+            "loss": _finite(reduced.pop("loss")),  # null where all steps of the window were skipped
+            "grad_norm": _finite(reduced.pop("grad_norm")),
             "lr": lr,
             "skipped_steps": skipped,
             "images_per_second": rate,
@@ -100,27 +121,33 @@ class Meter:
             "mfu": rate * self.costs.train_flops_per_image / (peak * self.world.size) if peak else None,
             "peak_memory_bytes": int(max_over_ranks(_peak_memory(self.world.device), self.world.device)),
         }
-        return row | reduced, bad
+        return row | {name: _finite(value) for name, value in reduced.items()}, bad
 
-    def _name_bad_steps(self, step: int, window: Window, losses: Tensor, finite: Tensor) -> list[BadStep]:
-        """Which ranks' samples made the skipped steps of the window bad; every rank, where no loss shows it."""
+    def _name_bad_steps(self, step: int, window: Window, norms: Tensor, refused: Tensor) -> list[BadStep]:
+        """Which ranks' samples made the refused steps of the window bad."""
         first = step - len(window.losses) + 1
-        own = {
-            first + i: window.keys[i]
-            for i, (loss, good) in enumerate(zip(losses.tolist(), finite.tolist(), strict=True))
-            if not good and loss - loss != 0.0
-        }
-        gathered: list[dict[int, list[str]]] = [{} for _ in range(self.world.size)]
+        sound = torch.stack(window.sound).tolist()
+        own = {i: (sound[i], window.keys[i]) for i, skipped in enumerate(refused.tolist()) if skipped}
+        gathered: list[dict[int, tuple[bool, list[str]]]] = [{} for _ in range(self.world.size)]
         dist.all_gather_object(gathered, own)
-        return [
-            BadStep(
-                step=first + i,
-                ranks=[rank for rank, found in enumerate(gathered) if first + i in found],
-                keys=[key for found in gathered for key in found.get(first + i, [])],
-            )
-            for i, good in enumerate(finite.tolist())
-            if not good
-        ]
+        steps = []
+        for i in own:
+            norm = float(norms[i])
+            unsound = [rank for rank, found in enumerate(gathered) if not found[i][0]]
+            ranks = unsound or list(range(self.world.size))
+            if math.isfinite(norm):
+                why = f"a spike: the gradient norm was {norm:.4g}"
+            elif unsound:
+                why = f"not finite on rank {', '.join(map(str, unsound))}"
+            else:
+                why = "the gradient was not finite, though every rank's loss was"
+            steps.append(BadStep(first + i, why, ranks, [key for rank in ranks for key in gathered[rank][i][1]]))
+        return steps
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def _peak_memory(device: torch.device) -> float:

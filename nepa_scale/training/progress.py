@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -82,22 +84,32 @@ class TerminalProgress:
         """Shows a row of metrics."""
         if not self._enabled:
             return
-        numbers = f"loss {row['loss']:.4f}   {row['images_per_second']:,.0f} images/s"
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+        numbers = f"loss {loss}   {row['images_per_second']:,.0f} images/s"
         if self._live is not None:
             self._live.update(self._task, completed=row["step"], numbers=numbers)
             return
         done = max(row["step"] - self._start, 1)
         left = (time.monotonic() - self._began) / done * (self._total - row["step"])
-        print(f"step {row['step']}/{self._total}   {numbers}   {format_duration(left)} left", flush=True)
+        with _nobody_may_listen():
+            print(f"step {row['step']}/{self._total}   {numbers}   {format_duration(left)} left", flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line without disturbing the live one."""
         if self._enabled:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with _nobody_may_listen():
+                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+@contextlib.contextmanager
+def _nobody_may_listen() -> Iterator[None]:
+    """A pipe that the launcher's death has broken must not keep a run from saving (rich exits where it finds one)."""
+    with contextlib.suppress(OSError, SystemExit):
+        yield
 
 
 def format_duration(seconds: float) -> str:

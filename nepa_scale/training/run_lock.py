@@ -1,8 +1,9 @@
 """One job writes a run folder: `RUN/run.lock` says which.
 
-The file names the job's host (with the boot it is in), process and that process's start time, and is touched every
-minute. So a lock is known to be stale when its process is gone from this host, whatever now has its number, or when
-a job on another host has not touched it for ten minutes.
+The file names the job's process, that process's start time, and the space in which process numbers mean anything: a
+boot of a host and, of that, a container's namespace. It is touched every minute. So a lock is known to be stale when
+its process is gone from this space, whatever now has its number; from any other space (another host or container, or
+this host before it was started anew), when it was not touched for five minutes.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ from nepa_scale.config import ConfigError
 
 LOCK = "run.lock"
 REFRESH_SECONDS = 60.0
-STALE_SECONDS = 600.0
+STALE_SECONDS = 300.0
 
 
 class RunLock:
     """Held from construction until `release` or the end of the process; for the main rank only.
 
     run: the run folder; created if need be
-    refresh, stale: seconds between touches, and without a touch until another host's lock counts for nothing
+    refresh, stale: seconds between touches, and without a touch until another space's lock counts for nothing
     Raises:
         ConfigError: another job that may be alive holds it, or the folder cannot be written.
     """
 
     def __init__(self, run: Path, *, refresh: float = REFRESH_SECONDS, stale: float = STALE_SECONDS) -> None:
         self.path = run / LOCK
-        self._me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+        pid = os.getpid()
+        started = process_started(pid)
+        self._me = {"host": socket.gethostname(), "space": process_space(), "pid": pid, "started": started}
         try:
             run.mkdir(parents=True, exist_ok=True)
             with _alone(run):
@@ -74,8 +77,8 @@ class RunLock:
         holder = _read(self.path)
         if holder is None or holder == self._me:
             return
-        if holder["host"] == self._me["host"]:
-            alive = holder["boot"] == self._me["boot"] and _started(holder["pid"]) == holder["started"]
+        if holder["space"] == self._me["space"]:
+            alive = process_started(holder["pid"]) == holder["started"]
             hint = "stop it first"
         else:
             age = _age(self.path)
@@ -109,7 +112,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         holder = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    complete = isinstance(holder, dict) and {"host", "boot", "pid", "started"} <= holder.keys()
+    complete = isinstance(holder, dict) and {"host", "space", "pid", "started"} <= holder.keys()
     return holder if complete else None
 
 
@@ -123,15 +126,16 @@ def _age(path: Path) -> float:
         probe.unlink()
 
 
-def _boot() -> str:
-    """Changes when the host starts anew, after which process numbers and start times mean nothing."""
+def process_space() -> str:
+    """Where this process's number means anything: changes with the host, its boots, and its containers."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return ""
+        return socket.gethostname()
 
 
-def _started(pid: int) -> str | None:
+def process_started(pid: int) -> str | None:
     """When the process started, in the kernel's ticks; None if there is none, or if it is dead and only unburied."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -28,7 +28,7 @@ def print_summary(folder: Path) -> None:
     from nepa_scale.training.curves import plot_curves  # imports matplotlib, which takes a second
 
     rows = read_json_lines(folder / "metrics.jsonl")
-    losses = [row for row in rows if "loss" in row]
+    losses = [row for row in rows if row.get("loss") is not None]
     scores = [row for row in rows if "knn_top1" in row]
     print(f"\nfinished {folder}")
     if losses:

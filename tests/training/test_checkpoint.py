@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from nepa_scale.config import ConfigError
 from nepa_scale.sharding.shard import Shard
+from nepa_scale.training import part_files
 from nepa_scale.training.checkpoint import Checkpointer, CheckpointFailure, find_checkpoint, load_shards, read_meta
 from nepa_scale.training.fault_injection import FAULT_POINTS, VARIABLE
 from nepa_scale.training.part_files import PartImage
@@ -191,6 +193,59 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_a_warning(
     assert_holds(small_disk, 3, HALF_MEGABYTE)
 
 
+@pytest.mark.parametrize("stop", [False, True], ids=["warning", "stop_on_failure"])
+def test_a_best_that_cannot_be_marked_is_as_a_save_that_fails(
+    stop: bool, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpointer = Checkpointer(small_disk, keep=5, rank=0, world_size=1, stop_on_failure=stop)
+    checkpointer.save(1, whole_state(1, SMALL), replicated=True, meta={"step": 1})
+    checkpointer.wait()
+    with (small_disk / "filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    checkpointer.mark_best(1, "knn_top1", 0.5)
+    if stop:
+        with pytest.raises(CheckpointFailure, match=r"step_00000001 could not be marked as the best .*No space left"):
+            checkpointer.wait()
+    else:
+        checkpointer.wait()
+        assert "warning: step_00000001 could not be marked as the best by knn_top1" in capfd.readouterr().err
+    checkpointer.close()
+
+
+def copy_fails_on_one_rank(rank: int, world_size: int, run: str) -> None:
+    checkpointer = Checkpointer(Path(run), keep=5, rank=rank, world_size=world_size)
+    shards = whole_state(1, SMALL)
+    if rank == 1:
+        PartImage.copy_from = None  # type: ignore[method-assign, assignment]
+    checkpointer.save(1, shards, replicated=True, meta={})
+    with pytest.raises(CheckpointFailure, match=r"step_00000001 was not written: TypeError: .* on rank 1"):
+        checkpointer.wait()
+    checkpointer.close()
+
+
+def test_a_mistake_on_one_rank_stops_all(tmp_path: Path) -> None:
+    assert run_ranks(2, copy_fails_on_one_rank, str(tmp_path), timeout=20) == [0, 0]
+
+
+def load_fails_on_one_rank(rank: int, _world_size: int, run: str) -> None:
+    path = find_checkpoint(Path(run), "auto")
+    assert path is not None
+    if rank == 1:
+        part_files.PartReader.read_into = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(ConfigError, match=r"cannot be loaded: TypeError"):
+        load_shards(path, whole_state(1, SMALL))
+    if rank == 1:
+        part_files.PartReader.verify = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(ConfigError, match=r"no usable checkpoint in .*: TypeError"):
+        find_checkpoint(Path(run), "auto")
+
+
+def test_a_rank_that_fails_to_load_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    assert run_ranks(2, load_fails_on_one_rank, str(tmp_path), timeout=20) == [0, 0]
+
+
 def save_nine_of_ten(rank: int, world_size: int, run: str) -> None:
     checkpointer = Checkpointer(Path(run), keep=5, rank=rank, world_size=world_size)
     (shard,) = whole_state(1, {"a": (10,)})
@@ -339,11 +394,38 @@ def test_another_best_frees_the_one_before_also_across_jobs(tmp_path: Path) -> N
 
 
 def test_going_back_removes_the_steps_that_were_left(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    save_steps(tmp_path, 10, 20, 30, keep=3, best=30)
+    save_steps(tmp_path, 10, 20, 30, keep=3)
     save_steps(tmp_path, 15, keep=3)  # a job that resumed from step 10
     assert steps_in(tmp_path) == [10, 15]
-    assert "removing step_00000020, step_00000030" in capfd.readouterr().err
+    assert "removing step_00000020, step_00000030: the run went back to 15" in capfd.readouterr().err
+
+
+def test_what_is_to_be_kept_is_set_aside_when_the_run_goes_back(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_steps(tmp_path, 10, 20, 30, 40, keep=4, keep_every=20, best=30)
+    checkpointer = Checkpointer(tmp_path, keep=4, keep_every=20, rank=0, world_size=1)
+    checkpointer.go_back(10)
+    assert checkpointer.latest() == tmp_path / "checkpoints" / "step_00000010"
+    assert checkpointer.best() is None
+    checkpointer.close()
+    assert "step_00000020, step_00000030, step_00000040 is kept as left_step_00000020" in capfd.readouterr().err
     assert not (tmp_path / "checkpoints" / "best").exists()
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step_00000010"
+    assert_holds(tmp_path, 10)  # a resume does not go on from what was left,
+    left = find_checkpoint(tmp_path, str(tmp_path / "checkpoints" / "left_step_00000030"))  # unless asked to
+    assert left is not None
+    assert read_meta(left)["step"] == 30
+
+
+def test_only_a_better_one_becomes_the_best(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, keep=9, rank=0, world_size=1)
+    for step, value in ((1, 0.3), (2, 0.2), (3, 0.4), (4, 0.4)):
+        checkpointer.save(step, whole_state(step, SMALL), replicated=True, meta={"step": step})
+        checkpointer.mark_best(step, "knn_top1", value, if_better=True)
+    checkpointer.wait()
+    assert checkpointer.best() == {"step": 3, "metric": "knn_top1", "value": 0.4}
+    checkpointer.close()
 
 
 # finding

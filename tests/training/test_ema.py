@@ -31,7 +31,7 @@ def test_average_follows_its_definition() -> None:
     expected = held[0].tensors["master"].clone()
     for step in range(5):
         held[0].tensors["master"].add_(step)
-        average.update()
+        average.update(torch.tensor(False))
         expected = 0.9 * expected + 0.1 * held[0].tensors["master"]
     torch.testing.assert_close(held[0].tensors["ema"], expected)
     average.restart()
@@ -42,7 +42,7 @@ def test_applying_swaps_and_puts_back() -> None:
     held = shards()
     average = MovingAverage(held, decay=0.5)
     held[0].tensors["master"].add_(10)
-    average.update()
+    average.update(torch.tensor(False))
     master, ema = held[0].tensors["master"].clone(), held[0].tensors["ema"].clone()
     strategy = Recorder()
     with average.applied(strategy):  # type: ignore[arg-type]
@@ -51,3 +51,12 @@ def test_applying_swaps_and_puts_back() -> None:
     assert torch.equal(held[0].tensors["master"], master)
     assert torch.equal(held[0].tensors["ema"], ema)
     assert strategy.refreshed == 2
+
+
+def test_a_refused_update_leaves_the_average_alone() -> None:
+    held = shards()
+    average = MovingAverage(held, decay=0.3)
+    held[0].tensors["master"].add_(1.7)
+    before = held[0].tensors["ema"].clone()
+    average.update(torch.tensor(True))
+    assert torch.equal(held[0].tensors["ema"], before)

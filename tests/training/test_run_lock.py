@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +78,33 @@ def test_the_lock_of_a_killed_job_is_taken_over(holder: subprocess.Popen[str], t
     RunLock(tmp_path).release()
 
 
-@pytest.mark.parametrize("change", [{"started": "1"}, {"boot": "another"}], ids=["number reused", "rebooted"])
 def test_another_process_with_the_number_of_a_dead_one_is_not_the_holder(
-    holder: subprocess.Popen[str], change: dict[str, str], tmp_path: Path
+    holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     del holder
-    rewrite(tmp_path, **change)
+    rewrite(tmp_path, started="1")
     RunLock(tmp_path).release()
 
 
-def test_another_hosts_lock_lapses_when_it_is_no_longer_touched(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: {"host": "elsewhere", "space": "another boot pid:[1]"},
+        lambda space: {"space": f"{space.split()[0]} pid:[1]"},
+        lambda space: {"space": f"another boot {space.split(maxsplit=1)[1]}"},
+    ],
+    ids=["another host", "another container of this host", "this host before it was started anew"],
+)
+def test_a_lock_whose_process_cannot_be_seen_lapses_when_it_is_no_longer_touched(
+    change: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
     RunLock(tmp_path)._released.set()
-    rewrite(tmp_path, host="elsewhere")
-    with pytest.raises(ConfigError, match=r"on elsewhere\): stop it first; if it is dead, its lock lapses in 6?\d\d s"):
+    space = json.loads((tmp_path / LOCK).read_text())["space"]
+    # no process has this number here, which says nothing of another space
+    rewrite(tmp_path, pid=2**22 + 1, **change(space))
+    with pytest.raises(ConfigError, match=r": stop it first; if it is dead, its lock lapses in [23]?\d\d s"):
         RunLock(tmp_path)
-    old = time.time() - 601
+    old = time.time() - 301
     os.utime(tmp_path / LOCK, (old, old))
     RunLock(tmp_path).release()
 
