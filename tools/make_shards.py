@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ SHOWN = 20  # problems printed; all of them are in --json
 
 def main() -> int:
     arguments = _parser().parse_args()
+    multiprocessing.set_forkserver_preload(["nepa_scale.data.shard_maker", "nepa_scale.data.verify"])
     if arguments.output is None and not arguments.verify:
         raise ConfigError("give INPUT and OUTPUT, or a folder of shards with --verify (see --help)")
     facts: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from nepa_scale.config import ConfigError, DataConfig
 from nepa_scale.data.description import FILE_NAME
 from nepa_scale.data.imagenet_files import list_imagenet_train, list_imagenet_val
 from nepa_scale.data.listing import Item, Listing, relative_key, with_unique_keys
+from nepa_scale.data.parallel import in_threads
 from nepa_scale.data.parquet_files import spool_parquet
 from nepa_scale.data.shard_set import ShardSet
 from nepa_scale.data.tar_index import IMAGE_EXTENSIONS, DamagedTar, members
@@ -63,13 +64,18 @@ def list_folder(root: Path, class_list: Path | None = None) -> Listing:
     if not folders:
         return Listing(list(_images(root, root, None)), None, None)
     label = {name: number for number, name in enumerate(names)}
-    items = [item for name in folders for item in _images(root / name, root, label[name])]
-    return Listing(items, names, len(names))
+    found = in_threads(lambda name: list(_images(root / name, root, label[name])), folders, "listing images")
+    return Listing([item for some in found for item in some], names, len(names))
 
 
 def list_shards(source: str) -> Listing:
-    """The usable samples of existing shards; the others are left out, with the reason."""
-    shards = ShardSet.open(source, DataConfig())
+    """The usable samples of existing shards; the others are left out, with the reason.
+
+    Raises:
+        ConfigError: remote shards do not all fit into the cache.
+    """
+    data = DataConfig()
+    shards = ShardSet.open(source, data)
     listing = Listing([], shards.class_names, shards.classes)
     for number, name in enumerate(shards.names):
         for entry in shards.entries(number):
@@ -79,6 +85,11 @@ def list_shards(source: str) -> Listing:
             label = None if entry.label < 0 else entry.label
             file = str(shards.ensure_local(number))
             listing.items.append(Item(entry.key, file, entry.offset, entry.size, label))
+    if shards.remote and not all(Path(file).exists() for file in {item.file for item in listing.items}):
+        raise ConfigError(
+            f"{source} is larger than the cache of {data.cache_gigabytes:g} GB, and its images are to be shuffled: "
+            "copy the shards to a local folder, and give that"
+        )
     return listing
 
 

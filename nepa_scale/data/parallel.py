@@ -39,7 +39,8 @@ def in_parallel(
 ) -> list[R]:
     """`[work(job) for job in jobs]` by `workers` processes, with progress on stderr that counts `size(job)`.
 
-    work: a function of a module, as it is called in other processes
+    work: a function of a module, as it is called in other processes. They come from a fork server: a program that has
+        it preload that module first imports it once, not for each worker
 
     Raises:
         Whatever `work` raises; RuntimeError where a process was killed.
@@ -48,7 +49,6 @@ def in_parallel(
     if workers <= 1:
         return _collect(((number, work(job)) for number, job in enumerate(jobs)), jobs, title, size)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])  # imported once, not by each worker
     with ProcessPoolExecutor(workers, context, initializer=_prepare_worker) as pool:
         try:
             return _collect(_completed(pool, work, jobs), jobs, title, size)

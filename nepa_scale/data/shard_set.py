@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any, NamedTuple, TypeVar
 
 from nepa_scale.config import DataConfig
 from nepa_scale.data.index_files import find_index, make_index
@@ -26,8 +25,7 @@ _MISSING = "the shard is missing"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """One sample as it lies in its shard: the encoded image, and the label where there is one."""
 
     key: str
@@ -69,7 +67,7 @@ class ShardSet:
         self._expected = {name: shard for name, shard in source.described.items() if is_remote(name)}
         self._missing = [shard.missing for shard in shards]
         self._index_files = [shard.index for shard in shards]
-        self._ends = np.cumsum(self.shard_sizes, dtype=np.int64)
+        self._ends = list(accumulate(self.shard_sizes))
         self._cache, self._open_files = cache, open_files
         self._forget_process_state()
 
@@ -94,7 +92,7 @@ class ShardSet:
         return cls(found, shards, cache, data.open_shards if any(map(is_remote, found.locations)) else OPEN_FILES)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def read(self, sample: int) -> RawSample:
         """Reads sample number `sample`.
@@ -104,11 +102,11 @@ class ShardSet:
             RemoteError: its shard cannot be fetched.
             IndexError: there is no such number.
         """
-        if not 0 <= sample < len(self):
+        if not 0 <= sample < self._ends[-1]:
             raise IndexError(f"sample {sample} is not in [0, {len(self)})")
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        shard = bisect_right(self._ends, sample)
         name = self.names[shard]
-        entry = self._entry(shard, sample - int(self._ends[shard]) + self.shard_sizes[shard])
+        entry = self._entry(shard, sample - self._ends[shard] + self.shard_sizes[shard])
         if entry.flaw is not None:
             raise BadSample(name, entry.key, entry.flaw)
         try:

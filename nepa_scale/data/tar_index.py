@@ -96,7 +96,7 @@ class ShardIndex:
         at = _HEADER.size + number * _ENTRY.size
         offset, size, label, key_end, flaw = _ENTRY.unpack_from(self._buffer, at)
         key_start = _KEY_END.unpack_from(self._buffer, at - _ENTRY.size + _KEY_END_OFFSET)[0] if number else 0
-        key = bytes(self._buffer[self._keys + key_start : self._keys + key_end]).decode()
+        key = str(self._buffer[self._keys + key_start : self._keys + key_end], "utf-8")
         return Entry(key, offset, size, label, self._reasons[flaw - 1] if flaw else None)
 
     def save(self, path: Path, shard_mtime_ns: int) -> None:

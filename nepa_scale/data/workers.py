@@ -19,7 +19,7 @@ import torch
 from nepa_scale.data.shared_slots import Pixels, SharedSlots
 
 AHEAD = 2  # batches that each worker fills while an earlier one is in use
-_IN_USE = 2  # batches that the reader of the stream may hold without their being copied
+_IN_USE = 3  # batches that the reader of the stream may hold without their being copied: one more than a plain loop
 
 R_co = TypeVar("R_co", covariant=True)
 R = TypeVar("R")

@@ -21,6 +21,7 @@ from nepa_scale.data.description import Description
 from nepa_scale.data.index_files import find_index
 from nepa_scale.data.remote import MissingRemote, Remote, RemoteError
 from nepa_scale.data.shard_cache import ShardCache
+from nepa_scale.data.shard_maker import make_shards
 from nepa_scale.data.shard_set import BadSample, ShardSet
 from nepa_scale.data.shard_writer import SourceSample, write_shard
 from nepa_scale.data.tar_index import ShardIndex
@@ -76,7 +77,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    return DataConfig(cache=str(tmp_path / "cache"), timeout=0.5, retries=2)
+    return DataConfig(cache=str(tmp_path / "cache"), timeout=1.0, retries=2)
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +232,7 @@ def test_a_passing_fault_is_tried_again(
     [
         (lambda server: stay_silent(server), "silent"),
         (lambda server: stall(server, 0), "silent"),
-        (lambda server: stall(server, 5000), "silent for 0.5 s after 5000 bytes"),
+        (lambda server: stall(server, 5000), "silent for 1 s after 5000 bytes"),
         (lambda server: drip(server), "fewer than 1024 bytes a second"),
         (lambda server: drip_headers(server), "silent"),
         (lambda _: truncate, "the connection ended after"),
@@ -537,3 +538,14 @@ def test_fetch_tells_missing_from_failed(server: Server, tmp_path: Path) -> None
         Remote(1.0, 2, False).fetch(f"{server.url}/nothing", tmp_path / "target")
     assert server.requests["nothing"] == 1
     assert not os.path.exists(tmp_path / "target")
+
+
+def test_a_remote_set_larger_than_the_cache_cannot_be_made_into_new_shards(
+    server: Server, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(server.folder)
+    monkeypatch.setattr("nepa_scale.data.ingest.DataConfig", lambda: data)
+    assert make_shards(server.url, tmp_path / "all", workers=1).samples == 3 * SAMPLES
+    data.cache, data.cache_gigabytes = str(tmp_path / "small"), 1.5e-9 * (server.folder / "s-0.tar").stat().st_size
+    with pytest.raises(ConfigError, match=r"is larger than the cache of .* copy the shards to a local folder"):
+        make_shards(server.url, tmp_path / "none", workers=1)
