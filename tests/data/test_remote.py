@@ -545,7 +545,7 @@ def test_a_remote_set_larger_than_the_cache_cannot_be_made_into_new_shards(
 ) -> None:
     fill(server.folder)
     monkeypatch.setattr("nepa_scale.data.ingest.DataConfig", lambda: data)
-    assert make_shards(server.url, tmp_path / "all", workers=1).samples == 3 * SAMPLES
+    assert make_shards(server.url, tmp_path / "all", workers=1).shards[0].samples == 3 * SAMPLES
     data.cache, data.cache_gigabytes = str(tmp_path / "small"), 1.5e-9 * (server.folder / "s-0.tar").stat().st_size
     with pytest.raises(ConfigError, match=r"is larger than the cache of .* copy the shards to a local folder"):
         make_shards(server.url, tmp_path / "none", workers=1)
