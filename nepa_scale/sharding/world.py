@@ -9,8 +9,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from nepa_scale.config import ConfigError
+from nepa_scale.sharding.fresh_store import fresh_store
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ def join_world(timeout_seconds: float = 300.0) -> World:
                 f"{size} ranks were started without MASTER_ADDR and MASTER_PORT: set both to an address of the first "
                 "host and a free port there, or use torchrun or deepspeed"
             )
+        elif int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            store, *_ = next(rendezvous("env://", rank, size, timeout=timeout))
+            store = fresh_store(store, rank, size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         else:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, device)

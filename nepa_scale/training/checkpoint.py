@@ -102,6 +102,7 @@ class Checkpointer:
         self._image: PartImage | None = None
         self._pending: list[Future[None]] = []
         self._failure: str | None = None  # what `wait` has to raise
+        self._lost: RuntimeError | None = None  # the same, where other ranks are gone
         # a group of its own: collectives of one group must come in the same order everywhere, and the loop has its own
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
         problem: _Problem | None = first(self._exchange(self._attempt(self._prepare)))
@@ -163,10 +164,13 @@ class Checkpointer:
         Raises:
             CheckpointFailure: a save failed, and `stop_on_failure`; or by a mistake, such as shards that leave gaps.
                 All ranks raise it alike.
+            RuntimeError: torch's, of a collective: other ranks are gone.
         """
         pending, self._pending = self._pending, []
         for job in pending:
             job.result()
+        if self._lost is not None:
+            raise self._lost
         failure, self._failure = self._failure, None
         if failure is not None:
             raise CheckpointFailure(failure)
@@ -224,7 +228,8 @@ class Checkpointer:
         try:
             problem = self._write(name, image, shapes, meta, problem)
         except RuntimeError as error:
-            problem = self._lost_others(error)
+            self._lost = error
+            return
         if problem is not None:
             previous = self.latest()
             self._report(
@@ -232,9 +237,6 @@ class Checkpointer:
                 f"checkpoint {name} was not written: {problem.reason}. The newest complete one is "
                 f"{previous if previous else 'none'}",
             )
-
-    def _lost_others(self, error: RuntimeError) -> _Problem:
-        return _Problem(f"rank {self.rank} lost the other ranks ({' '.join(str(error).split())[:200]})", False)
 
     def _report(self, problem: _Problem, message: str) -> None:
         if problem.mistake or self.stop_on_failure:
@@ -359,7 +361,8 @@ class Checkpointer:
         try:
             problem: _Problem | None = first(self._exchange(self._attempt(mark)))
         except RuntimeError as error:
-            problem = self._lost_others(error)
+            self._lost = error
+            return
         if problem is not None:
             self._report(problem, f"{path.name} could not be marked as the best by {metric}: {problem.reason}")
 

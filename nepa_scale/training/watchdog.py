@@ -163,6 +163,7 @@ class Watchdog:
             "marks": self._marks,
             "step": place.step,
             "phase": place.phase,
+            "patient": place.patient,
             "seconds": round(time.monotonic() - place.since, 1),
             "stack": [f"{item.filename}:{item.lineno} in {item.name}: {item.line}" for item in stack],
         }
@@ -192,7 +193,8 @@ class Watchdog:
         least = min(report["marks"] for report in now.values())
         behind = [report for report in now.values() if report["marks"] == least]
         busy = [report for report in behind if not _waits(report)]
-        return _describe(f"made no progress for {self.timeout:.0f} s (train.timeout)", busy or behind)
+        allowed = self.timeout * (PATIENCE if behind[0]["patient"] else 1)
+        return _describe(f"made no progress for {allowed:.0f} s (train.timeout={self.timeout:g})", busy or behind)
 
     def _read_all(self) -> dict[int, dict[str, Any]]:
         found = {}
