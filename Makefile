@@ -46,5 +46,9 @@ lint: install
 parity: install
 	$(BIN)/python tests/sharding/parity.py --output docs/parity.md
 
+# the table in docs/checkpoints.md, from measured values: every strategy and world size goes on from every other
+matrix: install
+	$(BIN)/python tests/training/matrix.py --output docs/checkpoints.md
+
 clean:
 	rm -rf runs data/demo .pytest_cache .ruff_cache .mypy_cache

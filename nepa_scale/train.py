@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports, which take seconds: a signal m
     stop_signals.install()
 
 import argparse
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -114,9 +115,10 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
-    except (DataError, RemoteError) as error:
-        print(f"error (rank {rank}): {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE
+    except Exception:
+        if stop_signals.asked():  # the other ranks were, too, and have left first
+            return EXIT_STOPPED
+        raise
     return 0 if stop is None else EXIT_STOPPED
 
 
@@ -127,21 +129,24 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
     plan = plan_batches(config.train, world.size)
     folder = Path(config.output)
 
-    # task and data
-    task = Pretraining(config)
-    shards = together(world, lambda: open_shards(config.data.train, "data.train", config))
-    val = together(world, lambda: open_shards(config.data.val, "data.val", config)) if config.data.val else None
-    steps_per_epoch = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
-    schedule = Schedule(
-        total=total_steps(config, steps_per_epoch),
-        warmup=warmup_steps(config, steps_per_epoch),
-        peak_lr=peak_learning_rate(config),
-        final_lr_fraction=config.schedule.final_lr_fraction,
-        steps_per_epoch=steps_per_epoch,
-    )
-    lock = together(world, lambda: claim_run_folder(folder, config) if world.is_main else None)
+    lock = together(world, lambda: claim_run_folder(folder) if world.is_main else contextlib.nullcontext())
     agreed = (ConfigError, TrainingFailure, CheckpointFailure)  # come on every rank alike
-    with Watchdog(folder, world, config.train.timeout, agreed=agreed, brief=(DataError, RemoteError)) as watchdog:
+    watchdog = Watchdog(folder, world, config.train.timeout, agreed=agreed, brief=(DataError, RemoteError))
+    with lock, watchdog:
+        # task and data
+        task = Pretraining(config)
+        shards = together(world, lambda: open_shards(config.data.train, "data.train", config))
+        val = together(world, lambda: open_shards(config.data.val, "data.val", config)) if config.data.val else None
+        steps_per_epoch = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
+        schedule = Schedule(
+            total=total_steps(config, steps_per_epoch),
+            warmup=warmup_steps(config, steps_per_epoch),
+            peak_lr=peak_learning_rate(config),
+            final_lr_fraction=config.schedule.final_lr_fraction,
+            steps_per_epoch=steps_per_epoch,
+        )
+        together(world, lambda: prepare_run_folder(folder, config) if world.is_main else None)
+
         # strategy
         settings = StepSettings(
             precision=config.train.precision,
@@ -219,8 +224,6 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
     elif stop is not None and (world.is_main or stop.rank == world.rank):
         print(f"rank {world.rank} stops: {describe(stop.number)}; the same command goes on from here", flush=True)
     strategy.close()
-    if lock is not None:
-        lock.release()
     return stop
 
 
@@ -287,16 +290,11 @@ def together(world: World, prepare: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def claim_run_folder(folder: Path, config: Config) -> RunLock:
+def claim_run_folder(folder: Path) -> RunLock:
     """Takes the run folder for this job; the main rank only. The lock ends with the process at the latest."""
     lock = RunLock(folder)
     on_departure(lambda _: lock.release())
-    try:
-        prepare_run_folder(folder, config)
-        Watchdog.clear(folder)
-    except ConfigError:
-        lock.release()
-        raise
+    Watchdog.clear(folder)
     return lock
 
 

@@ -61,6 +61,8 @@ class ZeroStrategy:
         self.settings = settings
         self._stage = int(config["zero_optimization"]["stage"])
         self._linear = F.linear  # zero.Init replaces it for the whole process, and never puts it back
+        # an operator for inference on CPUs, which every first start would spend a minute compiling
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
         module = self._build_module(build, config)
         if self._stage == 3:
@@ -166,6 +168,7 @@ class ZeroStrategy:
         if self._stage < 3:
             self._zero.update_lp_params()
             return
+        self._zero._partition_all_parameters()  # small weights stay gathered, and what is gathered would stay as it is
         for group in range(len(self._masters)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if self._zero.persistent_parameters:

@@ -36,7 +36,13 @@ from nepa_scale.training.run_lock import process_space, process_started
 
 FOLDER = "ranks"
 PATIENCE = 6  # times the timeout: what saving, evaluation, and the first step (which may compile) are allowed
-_WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/deepspeed/comm/", "/training/agreement.py")
+_WAITING = (
+    "/torch/distributed/",
+    "/torch/autograd/graph.py",
+    "/deepspeed/comm/",
+    "/training/agreement.py",
+    "/training/watchdog.py",
+)
 _STACK_LINES = 12
 
 

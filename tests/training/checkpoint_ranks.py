@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import multiprocessing
 import os
 import random
 import sys
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nepa_scale.sharding.shard import Shard
+from tests.training.warm_server import warm_processes
 
 # sizes that divide by nothing, a scalar, and one that spans several blocks of a part file
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -78,16 +78,11 @@ def equal(left: list[Shard], right: list[Shard]) -> bool:
     )
 
 
-# forked from a server that has imported torch once, and runs no threads
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["nepa_scale.training.checkpoint"])
-
-
 def run_ranks(world_size: int, target: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[int]:
     """Runs `target(rank, world_size, *arguments)` in processes of one group; their exit codes, in rank order."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _processes.Process(target=_run, args=(rank, world_size, folder, target, arguments))
+            warm_processes().Process(target=_run, args=(rank, world_size, folder, target, arguments))
             for rank in range(world_size)
         ]
         for process in ranks:

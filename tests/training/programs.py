@@ -7,7 +7,6 @@ one's own would set: to the program it is the launch of plain processes. Launche
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,13 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.launch import TINY
-
-_processes = multiprocessing.get_context("forkserver")
-# torch and DeepSpeed import their compilers when they first shard or step: most of the seconds that a start takes
-PRELOADED = [
-    "tests.training.programs", "nepa_scale.train", "deepspeed", "torch._dynamo", "torch._inductor.compile_fx",
-    "deepspeed.runtime.zero.muon.original_muon",
-]  # fmt: skip
+from tests.training.warm_server import warm_processes
 
 
 def arguments_of(shards: Path, run: Path, *more: str) -> list[str]:
@@ -38,16 +31,13 @@ class Program:
     def __init__(
         self, arguments: list[str], ranks: int, output: Path, prepare: Callable[[int], None] | None = None
     ) -> None:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ["OMP_NUM_THREADS"] = "1"
-        _processes.set_forkserver_preload(PRELOADED)
         output.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.output = output
         self.ranks = [
-            _processes.Process(target=_run, args=(rank, ranks, port, arguments, str(output), prepare))
+            warm_processes().Process(target=_run, args=(rank, ranks, port, arguments, str(output), prepare))
             for rank in range(ranks)
         ]
         for process in self.ranks:
