@@ -57,6 +57,21 @@ class ObjectiveConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """`task=finetune`: a classifier on a pretrained backbone. Defaults are the released recipe of NEPA-B."""
+
+    weights: str | None = None  # run folder or checkpoint of pretraining, or an official folder; null: from scratch
+    average: bool = True  # start from the moving average of its weights, where there is one
+    pooling: str = "mean"  # of the patches; or last: the last patch, which under causal attention has seen all
+    causal: bool = False  # keep attention causal, as in the starred results
+    freeze_patches: bool = True  # weight and bias of the patch embedding stay as they are
+    layer_decay: float = 0.65
+    layer_decay_kind: str = "constant"  # constant (factor from block to block) | linear (from layer_decay to 1)
+    head_lr: float = 1e-3  # peak learning rate of the final norms and the classifier, for any batch size
+    label_smoothing: float = 0.1
+
+
+@dataclass
 class DataConfig:
     """Where the images come from and how they are read."""
 
@@ -131,7 +146,7 @@ class CheckpointConfig:
     every: int = 1000  # steps; the last step is always saved. 0: only the last
     keep: int = 3  # newest checkpoints kept
     keep_every: int = 0  # and those of steps that are multiples of this; 0: none
-    best: str | None = "knn_top1"  # and the one with the highest value of this metric of the evaluation
+    best: str | None = "auto"  # and the one that the evaluation found best by this metric; auto: by the task's own
     stop_on_failure: bool = False  # a save that fails (disk full) is a warning, unless this is set
 
 
@@ -142,11 +157,14 @@ class EmaConfig:
 
 @dataclass
 class EvaluateConfig:
-    """kNN accuracy of the features, where data.val is given: before the first step, after the last, and in between."""
+    """Quality where data.val is given, before the first step, after the last, and in between: kNN accuracy of the
+    features in pretraining, the classifier's accuracy in fine-tuning."""
 
     every: int = 0  # steps; 0: only before and after
     bank: int = 50_000  # training samples, evenly spread, among which neighbours are sought
     batch_size: int = 64  # per rank
+    crop_share: float = 0.875  # of the resized image's shorter side that the centre crop takes
+    squash: bool = False  # resize without keeping the aspect: the whole image is then the middle
 
 
 @dataclass
@@ -156,6 +174,7 @@ class Config:
     task: str = "pretrain"  # pretrain | finetune
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -175,6 +194,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("pretrain", "finetune"),
     "model.mlp": ("gelu", "swiglu"),
     "model.qk_norm": ("none", "plain", "affine"),
+    "finetune.pooling": ("mean", "last"),
+    "finetune.layer_decay_kind": ("constant", "linear"),
     "data.interpolation": ("bilinear", "bicubic"),
     "data.ragged": ("drop", "pad"),
     "train.precision": ("fp32", "bf16"),
@@ -193,6 +214,9 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "model.patch_size": (1, 1024),
     "model.rope_rescale": (1.0, 100.0),
     "model.drop_path": (0.0, 0.99),
+    "finetune.layer_decay": (0.0, 1.0),
+    "finetune.head_lr": (0.0, float("inf")),
+    "finetune.label_smoothing": (0.0, 0.99),
     "data.workers": (0, 1024),
     "data.open_shards": (1, 10_000),
     "data.max_bad_fraction": (0.0, 1.0),
@@ -221,6 +245,7 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "checkpoint.keep": (1, float("inf")),
     "checkpoint.keep_every": (0, float("inf")),
     "ema.decay": (0.0, 1.0),
+    "evaluate.crop_share": (0.01, 1.0),
     "evaluate.every": (0, float("inf")),
     "evaluate.bank": (1, float("inf")),
     "evaluate.batch_size": (1, float("inf")),

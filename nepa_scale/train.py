@@ -21,7 +21,8 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ from nepa_scale.config import EXIT_USAGE, Config, ConfigError, load_config, to_d
 from nepa_scale.data import DataError, EvaluationStream, ShardSet, TrainStream
 from nepa_scale.data.batch import Batch
 from nepa_scale.data.remote import RemoteError
+from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.online import KnnEvaluation, pixel_features
 from nepa_scale.profiling import peak_flops, training_costs
 from nepa_scale.sharding import (
@@ -56,6 +58,7 @@ from nepa_scale.training.checkpoint import (
 )
 from nepa_scale.training.departure import EXIT_FAILURE, depart, on_departure
 from nepa_scale.training.ema import MovingAverage
+from nepa_scale.training.finetuning import Finetuning
 from nepa_scale.training.loop import Position, Run, Schedule, train
 from nepa_scale.training.optimization import peak_learning_rate, total_steps, warmup_steps
 from nepa_scale.training.pretraining import Pretraining
@@ -134,9 +137,9 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
     watchdog = Watchdog(folder, world, config.train.timeout, agreed=agreed, brief=(DataError, RemoteError))
     with lock, watchdog:
         # task and data
-        task = Pretraining(config)
         shards = together(world, lambda: open_shards(config.data.train, "data.train", config))
         val = together(world, lambda: open_shards(config.data.val, "data.val", config)) if config.data.val else None
+        task = together(world, lambda: make_task(config, shards, plan.micro_batch_size))
         steps_per_epoch = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
         schedule = Schedule(
             total=total_steps(config, steps_per_epoch),
@@ -172,7 +175,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
 
         # loop
         agreement = Agreement(world, stop_signals.asked)
-        knn = make_knn(config, shards, val, task.architecture.image_size, world, agreement, watchdog)
+        passes = Passes(config, task.architecture.image_size, world, agreement, watchdog)
         job = Run(
             config=config,
             world=world,
@@ -189,7 +192,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
             watchdog=watchdog,
             agreement=agreement,
             trackers=make_trackers(config, world),
-            evaluate=evaluation(knn, strategy) if knn is not None else None,
+            evaluate=make_evaluation(task, shards, val, passes, strategy, average),
             dataset_samples=len(shards),
         )
 
@@ -204,6 +207,8 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
                 rank=world.rank,
                 world_size=world.size,
                 start_step=position.step + position.passed_over,
+                rand_augment=config.augment.rand_augment,
+                classes=task.classes if isinstance(task, Finetuning) else None,
                 bad_samples_file=folder / "bad_samples.jsonl",
             )
 
@@ -325,10 +330,7 @@ def restore(job: Run) -> Position:
     path = find_checkpoint(job.folder, job.config.train.resume)
     if path is not None:
         return load(job, path)
-    for shard in job.strategy.shards:
-        if shard.stop > shard.start:
-            values = job.task.initial_values(shard.name, shard.shape).flatten()
-            shard.tensors["master"].copy_(values[shard.start : shard.stop])
+    job.task.initialize(job.strategy.shards)
     job.strategy.refresh()
     if job.average is not None:
         job.average.restart()
@@ -363,50 +365,92 @@ def forget(job: Run, step: int) -> None:
     dist.barrier()  # before any rank appends to them
 
 
-def make_knn(
-    config: Config,
-    shards: ShardSet,
-    val: ShardSet | None,
-    image_size: tuple[int, int],
-    world: World,
-    agreement: Agreement,
-    watchdog: Watchdog,
-) -> KnnEvaluation | None:
-    """The evaluation of the features, where both sets have labels; it ends early where the run is asked to stop."""
-    if val is None or shards.classes is None or val.classes is None:
-        return None
+def make_task(config: Config, shards: ShardSet, micro_batch_size: int) -> Pretraining | Finetuning:
+    if config.task == "finetune":
+        return Finetuning(config, shards.classes, micro_batch_size)
+    for name in ("erase", "mixup", "cutmix"):
+        if getattr(config.augment, name) > 0:
+            raise ConfigError(f"augment.{name} is for task=finetune: set it to 0 to pretrain")
+    return Pretraining(config)
 
-    def one_pass(source: ShardSet, limit: int | None) -> Callable[[], Iterable[Batch]]:
+
+@dataclass(frozen=True)
+class Passes:
+    """Makes ordered passes over a set, for evaluation; they end early where the run is asked to stop."""
+
+    config: Config
+    image_size: tuple[int, int]
+    world: World
+    agreement: Agreement
+    watchdog: Watchdog
+
+    def over(
+        self, source: ShardSet, limit: int | None = None, classes: int | None = None
+    ) -> Callable[[], Iterator[Batch]]:
         def batches() -> Iterator[Batch]:
             stream = EvaluationStream(
                 source,
-                config.data,
-                image_size=image_size,
-                batch_size=config.evaluate.batch_size,
-                rank=world.rank,
-                world_size=world.size,
+                self.config.data,
+                image_size=self.image_size,
+                batch_size=self.config.evaluate.batch_size,
+                rank=self.world.rank,
+                world_size=self.world.size,
                 limit=limit,
+                crop_share=self.config.evaluate.crop_share,
+                squash=self.config.evaluate.squash,
+                classes=classes,
             )
             try:
-                yield from agreement.watched(stream, watchdog.alive)
+                yield from self.agreement.watched(stream, self.watchdog.alive)
             finally:
                 stream.close()
 
         return batches
 
-    return KnnEvaluation(
-        one_pass(shards, config.evaluate.bank), one_pass(val, None), max(shards.classes, val.classes), world
-    )
+
+def make_evaluation(
+    task: Pretraining | Finetuning,
+    shards: ShardSet,
+    val: ShardSet | None,
+    passes: Passes,
+    strategy: Strategy,
+    average: MovingAverage | None,
+) -> Callable[[], dict[str, float]] | None:
+    """The loop's evaluation: of the classifier, or of the features where both sets have labels."""
+    if isinstance(task, Finetuning):
+        if val is None:
+            return None
+        return classifier_evaluation(Accuracy(passes.over(val, classes=task.classes), passes.world), strategy, average)
+    if val is None or shards.classes is None or val.classes is None:
+        return None
+    classes = max(shards.classes, val.classes)
+    bank = passes.over(shards, passes.config.evaluate.bank)
+    return features_evaluation(KnnEvaluation(bank, passes.over(val), classes, passes.world), strategy)
 
 
-def evaluation(knn: KnnEvaluation, strategy: Strategy) -> Callable[[], dict[str, float]]:
-    """The loop's evaluation; its first call of a run also measures what training has to beat."""
+def features_evaluation(knn: KnnEvaluation, strategy: Strategy) -> Callable[[], dict[str, float]]:
+    """Its first call of a run also measures what training has to beat."""
 
     def evaluate() -> dict[str, float]:
         top1 = knn.of_strategy(strategy)
         if strategy.optimizer_steps() > 0:
             return {"knn_top1": top1}
         return {"knn_top1": top1, "knn_top1_untrained": top1, "knn_top1_pixels": knn.top1(pixel_features)}
+
+    return evaluate
+
+
+def classifier_evaluation(
+    accuracy: Accuracy, strategy: Strategy, average: MovingAverage | None
+) -> Callable[[], dict[str, float]]:
+    """Of the averaged weights, which are what fine-tuning is for, and beside them of the weights as trained."""
+
+    def evaluate() -> dict[str, float]:
+        raw = accuracy.of_strategy(strategy)
+        if average is None:
+            return raw
+        with average.applied(strategy):
+            return accuracy.of_strategy(strategy) | {f"{name}_raw": value for name, value in raw.items()}
 
     return evaluate
 

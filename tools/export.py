@@ -27,7 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from nepa_scale.config import EXIT_USAGE, ConfigError
 from nepa_scale.interop import save_official
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
-from nepa_scale.training.export import KINDS, export_safetensors, load_pretrained
+from nepa_scale.training.export import KINDS, export_safetensors, load_task
 
 
 def main() -> int:
@@ -67,7 +67,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
                 lambda done, total: bar.update(task, completed=done, total=total),
             )
     checkpoint = locate_checkpoint(arguments.checkpoint)
-    model = load_pretrained(checkpoint, arguments.weights)
+    model = load_task(checkpoint, arguments.weights)
     save_official(model, arguments.output)
     return {
         "checkpoint": str(checkpoint),

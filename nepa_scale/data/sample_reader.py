@@ -50,6 +50,14 @@ def centre_crop(image: EncodedImage, key: int, out: Tensor, *, share: float) -> 
     image.resized_centre(out, share)
 
 
+def squashed_centre_crop(image: EncodedImage, key: int, out: Tensor, *, share: float) -> None:  # noqa: ARG001
+    """The middle of the image resized to the crop's own aspect: evaluation's `Crop` in some recipes."""
+    height, width = out.shape[:2]
+    whole = image.resized((int(height / share), int(width / share)))
+    top, left = round((whole.shape[0] - height) / 2), round((whole.shape[1] - width) / 2)
+    out.copy_(whole[top : top + height, left : left + width])
+
+
 class Order(Protocol):
     """Where a rank's micro-batches lie: `TrainOrder`, `EvaluationOrder`."""
 

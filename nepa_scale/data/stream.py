@@ -15,7 +15,7 @@ from nepa_scale.data.batch import Batch
 from nepa_scale.data.crops import CROP_SHARE
 from nepa_scale.data.order import EvaluationOrder, TrainOrder
 from nepa_scale.data.rand_augment import RandAugment
-from nepa_scale.data.sample_reader import Failure, Rest, SampleReader, centre_crop, random_crop
+from nepa_scale.data.sample_reader import Failure, Rest, SampleReader, centre_crop, random_crop, squashed_centre_crop
 from nepa_scale.data.shard_fetcher import ShardFetcher
 from nepa_scale.data.shard_set import ShardSet
 from nepa_scale.data.shared_slots import Pixels
@@ -120,6 +120,7 @@ class EvaluationStream:
     used are left out: in both cases `Batch.samples` is -1.
     limit: use only this many samples, evenly spread over the set
     crop_share: of the resized image's shorter side that the crop takes
+    squash: resize without keeping the aspect
     classes, bad_samples_file: as for `TrainStream`
     """
 
@@ -134,6 +135,7 @@ class EvaluationStream:
         world_size: int,
         limit: int | None = None,
         crop_share: float = CROP_SHARE,
+        squash: bool = False,
         classes: int | None = None,
         bad_samples_file: Path | None = None,
     ) -> None:
@@ -143,7 +145,7 @@ class EvaluationStream:
             shards,
             order,
             size=image_size,
-            crop=partial(centre_crop, share=crop_share),
+            crop=partial(squashed_centre_crop if squash else centre_crop, share=crop_share),
             interpolation=data.interpolation,
             flip=False,
             seed=0,

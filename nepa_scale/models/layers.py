@@ -64,14 +64,21 @@ class PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
         self.bias = nn.Parameter(torch.empty(width))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.frozen = False  # whether weight and bias (not the CLS token) receive no gradient
 
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         height, width = images.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {self.patch_size}")
         embed = convolve_patches if images.device.type == "cpu" else multiply_patches
-        patches = embed(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        weight, bias = (_held(self.weight), _held(self.bias)) if self.frozen else (self.weight, self.bias)
+        patches = embed(images.to(dtype), weight.to(dtype), bias.to(dtype))
         return torch.cat([self.cls_token.to(dtype).expand(images.shape[0], -1, -1), patches], dim=1)
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """The same values with a gradient of zeros: a parameter without one would need its own place in every sharding."""
+    return parameter.detach() + 0 * parameter
 
 
 def convolve_patches(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

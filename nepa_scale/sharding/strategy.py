@@ -21,11 +21,18 @@ from nepa_scale.sharding.world import World
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters (by name) that share a weight decay and a factor on the learning rate."""
+    """Parameters (by name) that share a weight decay and a course of the learning rate.
+
+    lr_scale: factor on the run's learning rate
+    warmup_scale: factor on the run's warmup
+    label: what people know the group by
+    """
 
     names: tuple[str, ...]
     weight_decay: float
     lr_scale: float = 1.0
+    warmup_scale: float = 1.0
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Strategy(Protocol):
     """One way to spread a module and its optimiser over the ranks.
 
     module: what evaluation calls (under `torch.no_grad`, in eval mode)
+    groups: the optimiser's
     shards: this rank's part of the masters and moments; the views stay valid for the strategy's life
     replicated: whether every rank holds everything
     """
@@ -61,6 +69,7 @@ class Strategy(Protocol):
     name: str
     world: World
     module: nn.Module
+    groups: list[ParameterGroup]
     shards: list[Shard]
     replicated: bool
 
@@ -68,10 +77,11 @@ class Strategy(Protocol):
         """One micro-batch, the `micro_step`-th of its step: the module's outputs, detached; gradients accumulate."""
         ...
 
-    def step(self, lr: float, refuse: Refusal = not_finite) -> Tensor:
+    def step(self, lr: float | Sequence[float], refuse: Refusal = not_finite) -> Tensor:
         """Clips, updates and clears the gradients. Returns the global gradient norm before clipping, a scalar that may
         still be on the device; where `refuse` says so of it no rank has updated anything.
 
+        lr: the learning rate of all parameters, or one for each of `groups`
         refuse: is called once, with the norm; a norm that is not finite must be refused
         """
         ...
@@ -107,18 +117,14 @@ def units_of(module: nn.Module) -> list[nn.Module]:
 
 def optimizer_groups(
     named_parameters: Iterable[tuple[str, Tensor]], grouping: Grouping
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """AdamW's parameter groups, and the names in the order in which the groups hold them."""
-    parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-    groups = [
-        {
-            "params": [parameters[name] for name in group.names],
-            "weight_decay": group.weight_decay,
-            "lr_scale": group.lr_scale,
-        }
-        for group in grouping(list(parameters))
+) -> tuple[list[ParameterGroup], list[dict[str, Any]]]:
+    """The groups, and the same as AdamW's, each with its `number`."""
+    parameters = dict(named_parameters)
+    groups = grouping(list(parameters))
+    return groups, [
+        {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay, "number": number}
+        for number, group in enumerate(groups)
     ]
-    return groups, [name for group in grouping(list(parameters)) for name in group.names]
 
 
 def make_adamw(groups: list[dict[str, Any]], settings: StepSettings) -> torch.optim.AdamW:
@@ -136,7 +142,7 @@ def create_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -
         }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The step's learning rate, times each group's own factor."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float | Sequence[float]) -> None:
+    """The step's learning rate: of all groups, or one for each."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr[group["number"]] if isinstance(lr, Sequence) else lr

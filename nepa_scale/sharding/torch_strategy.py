@@ -7,13 +7,14 @@ parameter: its rows), which share storage with the module's.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
@@ -55,9 +56,10 @@ class TorchStrategy:
         self.module.to_empty(device=world.device)
         _fill_with_nan(self.module)  # whatever initialisation forgets must not look like a weight
         parameters = dict(self.module.named_parameters())
-        groups, names = optimizer_groups(((n, _local(p)) for n, p in parameters.items()), grouping)
-        self.optimizer = make_adamw(groups, settings)
-        self._locals = [parameter for group in groups for parameter in group["params"]]
+        self.groups, adamw_groups = optimizer_groups(((n, _local(p)) for n, p in parameters.items()), grouping)
+        names = [name for group in self.groups for name in group.names]
+        self.optimizer = make_adamw(adamw_groups, settings)
+        self._locals = [parameter for group in adamw_groups for parameter in group["params"]]
         self._parameters = [parameters[n] for n in names]
         create_moments(self.optimizer, self._locals)
         self.shards = [self._describe(n) for n in zip(names, self._parameters, self._locals, strict=True)]
@@ -111,7 +113,7 @@ class TorchStrategy:
         return {name: tensor.detach() for name, tensor in outputs.items()}
 
     @torch.no_grad()
-    def step(self, lr: float, refuse: Refusal = not_finite) -> Tensor:
+    def step(self, lr: float | Sequence[float], refuse: Refusal = not_finite) -> Tensor:
         gradients = [_local(_gradient(parameter)) for parameter in self._parameters]
         norm = self._global_norm(gradients)
         if self.settings.clip > 0:
@@ -137,7 +139,11 @@ class TorchStrategy:
         return square.sqrt()
 
     def refresh(self) -> None:
-        """Nothing: the masters are the module's own parameters."""
+        """The masters are the module's own parameters, but after a forward pass without a backward pass FSDP still
+        holds what it gathered of them."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def optimizer_steps(self) -> int:
         return int(self.optimizer.state[self._locals[0]]["step"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,9 +73,12 @@ class ZeroStrategy:
                 set_z3_leaf_module(unit, True)
         recompute_units(module, settings.recompute)
         compile_units(module, settings.compile)
-        groups, names = optimizer_groups(module.named_parameters(), grouping)
+        self.groups, adamw_groups = optimizer_groups(module.named_parameters(), grouping)
+        names = [name for group in self.groups for name in group.names]
         parameters = dict(module.named_parameters())
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=make_adamw(groups, settings), config=config)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=make_adamw(adamw_groups, settings), config=config
+        )
         self.module: nn.Module = self.engine.module
         self._zero = self.engine.optimizer
         self._adamw: torch.optim.AdamW = self._zero.optimizer
@@ -143,7 +147,7 @@ class ZeroStrategy:
             self.engine.step()  # counts the micro-step; the last one is `step`
         return {name: tensor.detach() for name, tensor in outputs.items()}
 
-    def step(self, lr: float, refuse: Refusal = not_finite) -> Tensor:
+    def step(self, lr: float | Sequence[float], refuse: Refusal = not_finite) -> Tensor:
         set_learning_rate(self._adamw, lr)
         self._refuse, self._refused = refuse, None
         self.engine.step()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nepa_scale.config import ConfigError, config_from_dict
 from nepa_scale.models import CausalViT, resolve_architecture
-from nepa_scale.objectives import NextEmbedding
+from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.training.checkpoint import load_shards, locate_checkpoint, read_meta
 from nepa_scale.training.checkpoint_format import Index, read_index
@@ -70,21 +70,27 @@ def export_safetensors(
     }
 
 
-def load_pretrained(checkpoint: str | Path, weights: str = "raw") -> NextEmbedding:
-    """The model of a pretraining checkpoint with its weights, float32, on the host, in eval mode.
+def load_task(checkpoint: str | Path, weights: str = "raw") -> NextEmbedding | Classifier:
+    """The module that a checkpoint was trained as, with its weights, float32, on the host, in eval mode.
 
     checkpoint, weights: as in `export_safetensors`
     Raises:
-        ConfigError: as there, or the checkpoint is not of pretraining.
+        ConfigError: as there.
     """
     folder = locate_checkpoint(checkpoint)
     config = config_from_dict(read_meta(folder)["config"], str(folder))
-    if config.task != "pretrain":
-        raise ConfigError(f"{folder} is a checkpoint of task={config.task}, not of pretraining")
-    kind = _require_kind(_read_index(folder), weights, folder)
-    architecture = resolve_architecture(config.model, mask_token=config.objective.mask_ratio > 0)
+    index = _read_index(folder)
+    kind = _require_kind(index, weights, folder)
     with torch.device("meta"):
-        task = NextEmbedding(CausalViT(architecture), config.objective)
+        if config.task == "finetune":
+            finetune, backbone = config.finetune, CausalViT(resolve_architecture(config.model))
+            classes = index.shapes["head.bias"][0]
+            task: NextEmbedding | Classifier = Classifier(
+                backbone, classes, pooling=finetune.pooling, causal=finetune.causal
+            )
+        else:
+            architecture = resolve_architecture(config.model, mask_token=config.objective.mask_ratio > 0)
+            task = NextEmbedding(CausalViT(architecture), config.objective)
     task.to_empty(device="cpu")
     load_shards(folder, [_whole(name, parameter, kind) for name, parameter in task.named_parameters()])
     return task.eval()

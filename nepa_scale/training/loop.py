@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nepa_scale.config import Config, to_dict
 from nepa_scale.data.batch import Batch
-from nepa_scale.sharding import ParameterGroup, Strategy, World
+from nepa_scale.sharding import ParameterGroup, Shard, Strategy, World
 from nepa_scale.training.agreement import Agreement, Stopped, StopRequest
 from nepa_scale.training.backward_probe import BackwardProbe
 from nepa_scale.training.batching import BatchPlan
@@ -32,10 +32,11 @@ class Task(Protocol):
     """What is trained: `Pretraining` is one."""
 
     parameters: int
+    quality: str  # the metric of the evaluation by which the best checkpoint is known
 
     def build(self) -> nn.Module: ...
 
-    def initial_values(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+    def initialize(self, shards: list[Shard]) -> None: ...
 
     def groups(self, names: Any) -> list[ParameterGroup]: ...
 
@@ -56,9 +57,16 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """The rate of update `step`, from 0."""
-        return learning_rate(
-            step, peak=self.peak_lr, warmup=self.warmup, total=self.total, final_fraction=self.final_lr_fraction
-        )
+        return self._rate(step, self.peak_lr, self.warmup)
+
+    def rates(self, step: int, groups: list[ParameterGroup]) -> list[float]:
+        """The rates of the groups at update `step`, from 0."""
+        return [
+            self._rate(step, self.peak_lr * group.lr_scale, round(self.warmup * group.warmup_scale)) for group in groups
+        ]
+
+    def _rate(self, step: int, peak: float, warmup: int) -> float:
+        return learning_rate(step, peak=peak, warmup=warmup, total=self.total, final_fraction=self.final_lr_fraction)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
             outputs, loss, keys, waited = _accumulate(run, batches, step, patient=step == start.step + 1)
             watchdog.at(step, "updating", patient=step == start.step + 1)
             lr = run.schedule.lr(step - 1)
-            norm = strategy.step(lr, run.guard)
+            norm = strategy.step(run.schedule.rates(step - 1, strategy.groups), run.guard)
             if run.average is not None:
                 run.average.update(run.guard.refused)
             sound = loss.isfinite() if run.probe is None else loss.isfinite() & run.probe.take()
@@ -212,6 +220,8 @@ def save(run: Run, position: Position) -> None:
 def mark_best(run: Run, logs: Logs, step: int) -> None:
     """Has the checkpoint of `step`, just saved, kept if the evaluation of the same step was the best so far."""
     metric = run.config.checkpoint.best
+    if metric == "auto":
+        metric = run.task.quality
     if metric is None or logs.evaluated[0] != step or metric not in logs.evaluated[1]:
         return
     run.checkpointer.mark_best(step, metric, logs.evaluated[1][metric], if_better=True)

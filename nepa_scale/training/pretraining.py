@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from nepa_scale.config import Config
 from nepa_scale.data.batch import Batch, normalize
-from nepa_scale.models import CausalViT, initial_values, resolve_architecture
+from nepa_scale.models import CausalViT, resolve_architecture
 from nepa_scale.objectives import NextEmbedding, collapse_diagnostics, draw_rope_scale
-from nepa_scale.sharding import ParameterGroup
+from nepa_scale.sharding import ParameterGroup, Shard
 from nepa_scale.training.optimization import pretraining_groups
+from nepa_scale.training.pretrained import initialize_shards
 
 
 class Pretraining:
     """See the module's docstring; `classification` offers the same for fine-tuning."""
+
+    quality = "knn_top1"
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -30,9 +33,9 @@ class Pretraining:
         dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
         return NextEmbedding(CausalViT(self.architecture, dtype), self.config.objective)
 
-    def initial_values(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The parameter's initial value, float32 of `shape`."""
-        return initial_values(name, shape, self.architecture, self.config.train.seed)
+    def initialize(self, shards: list[Shard]) -> None:
+        """Writes the masters' initial values."""
+        initialize_shards(shards, self.architecture, self.config.train.seed)
 
     def groups(self, names: Sequence[str]) -> list[ParameterGroup]:
         return pretraining_groups(names, self.config.optimizer.weight_decay)

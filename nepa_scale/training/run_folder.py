@@ -18,7 +18,15 @@ import yaml
 from nepa_scale.config import Config, ConfigError, config_from_dict, flatten, to_dict
 
 # what makes two runs the same run; anything else may change on resuming
-IDENTITY = ("task", "model.", "objective.", "train.seed", "train.global_batch_size")
+IDENTITY = (
+    "task",
+    "model.",
+    "objective.",
+    "finetune.pooling",
+    "finetune.causal",
+    "train.seed",
+    "train.global_batch_size",
+)
 
 
 def require_same_run(saved: dict[str, Any], config: Config, where: str) -> None:

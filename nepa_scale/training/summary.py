@@ -21,6 +21,19 @@ def print_plan(run: Run, start: int, samples: int) -> None:
         f"run folder: {run.folder}" + (f", resumed after step {start}" if start else ""),
         flush=True,
     )
+    if any(group.label for group in run.strategy.groups):
+        print_rates(run)
+
+
+def print_rates(run: Run) -> None:
+    """A table of what each group of parameters learns with."""
+    print(f"{'parameters':<12}{'tensors':>8}{'peak lr':>12}{'warmup':>8}{'decay':>8}")
+    for group in run.strategy.groups:
+        print(
+            f"{group.label:<12}{len(group.names):>8}{run.schedule.peak_lr * group.lr_scale:>12.3g}"
+            f"{round(run.schedule.warmup * group.warmup_scale):>8}{group.weight_decay:>8g}",
+            flush=True,
+        )
 
 
 def print_summary(folder: Path) -> None:
@@ -30,6 +43,7 @@ def print_summary(folder: Path) -> None:
     rows = read_json_lines(folder / "metrics.jsonl")
     losses = [row for row in rows if row.get("loss") is not None]
     scores = [row for row in rows if "knn_top1" in row]
+    accuracies = [row for row in rows if "top1" in row]
     print(f"\nfinished {folder}")
     if losses:
         print(f"  loss                          {losses[-1]['loss']:.4f}  (step {losses[-1]['step']})")
@@ -40,4 +54,7 @@ def print_summary(folder: Path) -> None:
             if key in first:
                 margin = 100 * (last["knn_top1"] - first[key])
                 print(f"  kNN top-1, {label:<18} {first[key]:.1%}  (trained {margin:+.1f} points)")
+    if accuracies:
+        last = accuracies[-1]
+        print(f"  top-1, top-5                  {last['top1']:.1%}, {last['top5']:.1%}  (step {last['step']})")
     print(f"  curves                        {plot_curves(folder)}", flush=True)

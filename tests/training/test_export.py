@@ -21,7 +21,7 @@ from nepa_scale.models import CausalViT, resolve_architecture
 from nepa_scale.objectives import NextEmbedding
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.training.checkpoint import Checkpointer
-from nepa_scale.training.export import export_safetensors, load_pretrained
+from nepa_scale.training.export import export_safetensors, load_task
 from tests.training.checkpoint_ranks import cut, run_ranks, whole_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def test_official_weights_compute_the_same(weights: str, kind: str, run: Path, t
     done = export(checkpoint, "--to", "official", tmp_path / "official", "--weights", weights)
     assert done.returncode == 0, done.stderr
     assert f"({weights}) of step 7" in done.stdout
-    exported, loaded = load_official(tmp_path / "official"), load_pretrained(run, weights)
+    exported, loaded = load_official(tmp_path / "official"), load_task(run, weights)
     for shard in state_of_test():
         parameter = dict(loaded.named_parameters())[shard.name]
         assert torch.equal(parameter.detach().flatten(), shard.tensors[kind])
@@ -116,8 +116,6 @@ def test_what_cannot_be_exported_is_one_clear_line(run: Path, tmp_path: Path) ->
     plain = save_one(tmp_path / "plain", whole_state(1, {"a": (3,)}, ("master",)), {"task": "finetune"})
     with pytest.raises(ConfigError, match=r"holds no moving average .*: export --weights raw"):
         export_safetensors(plain, tmp_path / "x.safetensors", "ema")
-    with pytest.raises(ConfigError, match="a checkpoint of task=finetune"):
-        load_pretrained(plain)
 
 
 def test_damage_is_named_and_leaves_no_file(tmp_path: Path) -> None:
