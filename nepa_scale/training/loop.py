@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,7 +121,7 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
         if start.evaluate:
             stop = evaluate(run, logs, start.step)
             if stop is None and start.step > 0:
-                save(run, start)  # it is no longer due
+                save(run, replace(start, evaluate=False))
         # here, so that the first window's rate is of training alone
         meter = Meter(run.world, run.costs, run.plan.global_batch_size, run.schedule.steps_per_epoch)
         step = start.step

@@ -40,9 +40,9 @@ class StopSignals:
         """Takes the signals over; in the main thread."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # first: what a handler takes must not get lost
         for number in STOPPING:
             signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._launchers = launchers()
         threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
 

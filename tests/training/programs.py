@@ -35,6 +35,8 @@ class Program:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        for path in output.glob("*"):
+            path.unlink()
         self.output = output
         self.ranks = [
             warm_processes().Process(target=_run, args=(rank, ranks, port, arguments, str(output), prepare))
@@ -74,6 +76,10 @@ class Program:
                 process.kill()
             process.join()
 
+    def wait_until_begun(self) -> None:
+        """Returns when all ranks would notice a signal."""
+        self.wait_until(lambda: all((self.output / f"begun_{rank}").exists() for rank in range(len(self.ranks))))
+
     def said(self) -> str:
         """What all ranks have printed."""
         return "".join(path.read_text() for path in sorted(self.output.glob("rank_*.txt")))
@@ -89,16 +95,18 @@ def _run(
         "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
+    from nepa_scale.training.signals import EXIT_STOPPED, stop_signals
+
+    stop_signals.install()  # as early as the program does
+    Path(f"{output}/begun_{rank}").touch()
     if prepare is not None:
         prepare(rank)
     import torch
 
     from nepa_scale import train
-    from nepa_scale.training.signals import EXIT_STOPPED, stop_signals
 
     torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    stop_signals.install()
     train.print_summary = lambda _folder: None  # its plots take longer than the training
     status = train.main(arguments)
     if status == EXIT_STOPPED:

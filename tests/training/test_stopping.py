@@ -23,7 +23,7 @@ from tests.training.programs import (
     steps_of,
 )
 
-STEPS = 40
+STEPS = 16
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ class Trials:
             one = chance.random() < 0.5 and not at_start
             ranks = [chance.randrange(launch.ranks)] if one else list(range(launch.ranks))
             if at_start:
+                program.wait_until_begun()
                 time.sleep(delay * 1.5)
             else:
                 program.wait_until(lambda: len(steps_of(run)) >= step, 60)
