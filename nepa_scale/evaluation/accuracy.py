@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nepa_scale.data.batch import Batch, normalize
 from nepa_scale.sharding import Strategy, World
@@ -22,19 +22,21 @@ class Accuracy:
         self.batches, self.world = batches, world
 
     def of_strategy(self, strategy: Strategy) -> dict[str, float]:
-        """`top1` and `top5`, 0..1, of the strategy's module as it is now. Collective."""
+        """As `of_module`, of the strategy's module as it is now."""
         strategy.module.eval()
         try:
-            return self._measure(lambda images: strategy.module(images)["logits"])
+            return self.of_module(strategy.module)
         finally:
             strategy.module.train()
 
     @torch.no_grad()
-    def _measure(self, logits_of: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def of_module(self, classifier: nn.Module) -> dict[str, float]:
+        """`top1` and `top5`, 0..1. Collective."""
         counts = torch.zeros(3, dtype=torch.int64, device=self.world.device)  # right, among the first five, all
         for host in self.batches():
             batch = host.to_device(self.world.device)
-            counts += count_right(logits_of(normalize(batch.images, batch.flip)), batch.labels, batch.samples >= 0)
+            logits = classifier(normalize(batch.images, batch.flip))["logits"]
+            counts += count_right(logits, batch.labels, batch.samples >= 0)
         dist.all_reduce(counts)
         right, among_five, total = counts.tolist()
         return {"top1": right / max(total, 1), "top5": among_five / max(total, 1)}

@@ -5,9 +5,11 @@ Shapes: B images, T = 1 + patches tokens (CLS first), D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_scale.config import ModelConfig
@@ -84,6 +86,28 @@ class CausalViT(nn.Module):
         for block in self.blocks:
             x = block(x, rope, causal, self.dtype, sample_keys)
         return embeddings, self.norm(x, self.dtype)
+
+    def hidden_states(self, images: Tensor, blocks: Sequence[int], *, causal: bool = True) -> list[Tensor]:
+        """Images [B, 3, h, w] -> the outputs of these blocks (counted from 0), each float32 [B, T, D].
+
+        That of the last block is taken after the final norm; the others are normalised without weights, so that depths
+        can be compared.
+        """
+        rope = self._rope(images, None)
+        x = self.embedding(images, self.dtype).float()
+        found = {}
+        for number, block in enumerate(self.blocks):
+            x = block(x, rope, causal, self.dtype, None)
+            if number in blocks:
+                last = number == len(self.blocks) - 1
+                found[number] = self.norm(x, self.dtype).float() if last else F.layer_norm(x, x.shape[-1:])
+        return [found[number] for number in blocks]
+
+    def dense_features(self, images: Tensor, blocks: Sequence[int], *, causal: bool = True) -> list[Tensor]:
+        """`hidden_states` of the patches as maps, each float32 [B, D, h / P, w / P]."""
+        grid = (images.shape[2] // self.architecture.patch_size, images.shape[3] // self.architecture.patch_size)
+        states = self.hidden_states(images, blocks, causal=causal)
+        return [state[:, 1:].transpose(1, 2).unflatten(2, grid) for state in states]
 
     def _rope(self, images: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
         a = self.architecture

@@ -1,0 +1,102 @@
+"""The quality of features, measured once after training: kNN, linear probes at several depths, and their spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nepa_scale.data.batch import Batch, normalize
+from nepa_scale.evaluation.knn import knn_top1
+from nepa_scale.evaluation.online import collect_features
+from nepa_scale.evaluation.probe import fit_linear_probe
+from nepa_scale.models import CausalViT
+from nepa_scale.objectives import effective_rank
+from nepa_scale.sharding import World
+
+NEIGHBOURS = {"knn_top1": 20, "knn10_top1": 10}
+SPECTRUM_ROWS = 4096  # features of which the effective rank is taken, evenly spread
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Which features: of these blocks (from 0), with causal attention or not, mean of the patches or last token."""
+
+    blocks: Sequence[int]
+    causal: bool = True
+    pooling: str = "mean"  # mean | last
+
+
+def spread_blocks(depth: int) -> list[int]:
+    """The blocks at a quarter, half, three quarters and the end of the depth, from 0."""
+    return sorted({max(1, round(depth * share / 4)) - 1 for share in (1, 2, 3, 4)})
+
+
+def pooled_features(backbone: CausalViT, settings: FeatureSettings) -> Callable[[Batch], Tensor]:
+    """Images -> the features of all blocks side by side, float32 [B, blocks * D]."""
+
+    def features(batch: Batch) -> Tensor:
+        images = normalize(batch.images, batch.flip)
+        states = backbone.hidden_states(images, settings.blocks, causal=settings.causal)
+        if settings.pooling == "last":
+            return torch.cat([state[:, -1] for state in states], dim=1)
+        return torch.cat([state[:, 1:].mean(1) for state in states], dim=1)
+
+    return features
+
+
+def evaluate_features(
+    backbone: CausalViT,
+    train: Iterable[Batch],
+    val: Iterable[Batch],
+    classes: int,
+    world: World,
+    settings: FeatureSettings,
+    *,
+    probe: bool = True,
+) -> dict[str, Any]:
+    """kNN accuracy and effective rank of the last of the blocks, and linear probes of each. Collective.
+
+    train, val: one ordered pass over this rank's share, as `EvaluationStream` makes it; labelled
+    Returns `knn_top1` (k 20), `knn10_top1`, `effective_rank` (RankMe, 2210.02885, of validation features) and, with
+    `probe`, `probe_top1` (best block, chosen on training features held out), `probe_last_top1` and `probe` by block.
+    """
+    features = pooled_features(backbone, settings)
+    bank, bank_labels = collect_features(train, features, world)
+    queries, labels = collect_features(val, features, world)
+    width = backbone.architecture.width
+    by_block = list(zip(bank.split(width, dim=1), queries.split(width, dim=1), strict=True))
+    last_bank, last_queries = by_block[-1]
+    found: dict[str, Any] = {
+        key: knn_top1(last_bank, bank_labels, last_queries, labels, classes=classes, k=k, device=world.device)
+        for key, k in NEIGHBOURS.items()
+    }
+    found["effective_rank"] = effective_rank(last_queries[:: max(1, len(labels) // SPECTRUM_ROWS)]).item()
+    if probe:
+        found |= _probes(by_block, bank_labels, labels, classes, world, settings.blocks)
+    return found
+
+
+def _probes(
+    by_block: list[tuple[Tensor, Tensor]],
+    bank_labels: Tensor,
+    labels: Tensor,
+    classes: int,
+    world: World,
+    blocks: Sequence[int],
+) -> dict[str, Any]:
+    table = []
+    for block, (bank, queries) in zip(blocks, by_block, strict=True):
+        fitted = fit_linear_probe(bank.to(world.device), bank_labels.to(world.device), classes)
+        scores = fitted.accuracy(queries.to(world.device), labels.to(world.device))
+        table.append({"block": block + 1, "lr": fitted.lr, "held_out": fitted.held_out, **scores})
+    best = max(table, key=lambda row: row["held_out"])
+    return {
+        "probe_top1": best["top1"],
+        "probe_block": best["block"],
+        "probe_last_top1": table[-1]["top1"],
+        "probe": table,
+    }

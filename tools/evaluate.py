@@ -1,0 +1,167 @@
+"""Evaluates a checkpoint: kNN, linear probes and spectrum of a pretrained backbone, or a classifier's accuracy.
+
+CKPT is a run folder, a checkpoint in it (RUN/checkpoints/step_00001000), or a folder in NEPA's official layout. On
+several GPUs: torchrun --nproc_per_node N tools/evaluate.py ...; the result is the same for any N.
+
+examples:
+  python tools/evaluate.py runs/demo --data data/demo/val --train data/demo/train
+  python tools/evaluate.py runs/vit_b14 --data data/imagenet/val --weights raw --bidirectional --no-probe
+  python tools/evaluate.py runs/vit_b14_in1k --data data/imagenet/val --interpolation bicubic
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from nepa_scale.config import EXIT_USAGE, Config, ConfigError, DataConfig, config_from_dict
+from nepa_scale.data import DataError, EvaluationStream, ShardSet
+from nepa_scale.data.batch import Batch
+from nepa_scale.evaluation.accuracy import Accuracy
+from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
+from nepa_scale.interop import load_official
+from nepa_scale.interop.official import CONFIG
+from nepa_scale.objectives import Classifier, NextEmbedding
+from nepa_scale.sharding import World, join_world, leave_world
+from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
+from nepa_scale.training.export import KINDS, load_task
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    multiprocessing.set_forkserver_preload(["nepa_scale.data"])
+    try:
+        world = join_world()
+        try:
+            facts = evaluate(arguments, world)
+        finally:
+            leave_world()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ConfigError) else 1
+    if world.is_main:
+        report(facts, arguments.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run folder, a checkpoint, an official folder")
+    parser.add_argument("--data", required=True, help="labelled shards to evaluate on")
+    parser.add_argument("--train", help="labelled shards for kNN and probe (default: those the run was trained on)")
+    parser.add_argument("--weights", choices=list(KINDS), help="default: the moving average, where there is one")
+    parser.add_argument("--bank", type=int, default=50_000, help="training images used, evenly spread (default: 50000)")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", help="probe these, from 1 (default: each quarter of the depth)"
+    )
+    parser.add_argument("--pooling", choices=["mean", "last"], default="mean", help="of the patches, or the last token")
+    parser.add_argument("--bidirectional", action="store_true", help="features without the causal mask")
+    parser.add_argument("--no-probe", dest="probe", action="store_false", help="kNN and spectrum only")
+    parser.add_argument("--interpolation", choices=["bilinear", "bicubic"], default="bilinear")
+    parser.add_argument("--crop-share", type=float, default=0.875, help="of the shorter side (default: 0.875)")
+    parser.add_argument("--squash", action="store_true", help="resize without keeping the aspect")
+    parser.add_argument("--batch-size", type=int, default=64, help="per rank (default: 64)")
+    parser.add_argument("--workers", type=int, default=2, help="decoding processes per rank (default: 2)")
+    parser.add_argument("--json", metavar="FILE", help="also write the result as one JSON object; - for stdout only")
+    return parser
+
+
+def load(checkpoint: Path, weights: str | None) -> tuple[NextEmbedding | Classifier, Config | None, str]:
+    """The module, the configuration of its run, and which of its weights were taken."""
+    if (checkpoint / CONFIG).is_file():
+        return load_official(checkpoint).task, None, "official"
+    folder = locate_checkpoint(checkpoint)
+    config = config_from_dict(read_meta(folder)["config"], str(folder))
+    weights = weights or ("ema" if config.ema.decay > 0 else "raw")
+    return load_task(folder, weights), config, weights
+
+
+def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
+    began = time.monotonic()
+    task, config, weights = load(arguments.checkpoint, arguments.weights)
+    task.to(world.device)
+    data = DataConfig(workers=arguments.workers, interpolation=arguments.interpolation)
+    val = ShardSet.open(arguments.data, data)
+    facts: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "weights": weights}
+
+    def one_pass(source: ShardSet, title: str, classes: int, limit: int | None = None) -> Iterator[Batch]:
+        stream = EvaluationStream(
+            source,
+            data,
+            image_size=task.backbone.architecture.image_size,
+            batch_size=arguments.batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            limit=limit,
+            crop_share=arguments.crop_share,
+            squash=arguments.squash,
+            classes=classes,
+        )
+        shown = track(
+            stream, title, len(stream), console=Console(stderr=True), transient=True, disable=not world.is_main
+        )
+        try:
+            yield from shown
+        finally:
+            stream.close()
+
+    if isinstance(task, Classifier):
+        classes = task.head.out_features
+        if (val.classes or 0) > classes:
+            raise ConfigError(f"{arguments.data} has {val.classes} classes, and the classifier only {classes}")
+        facts |= Accuracy(lambda: one_pass(val, "classifying", classes), world).of_module(task)
+    else:
+        source = arguments.train or (config.data.train if config else None)
+        if source is None:
+            raise ConfigError("give --train: kNN and probe need labelled training shards")
+        train = ShardSet.open(source, data)
+        if train.classes is None or val.classes is None:
+            raise ConfigError(f"{source if train.classes is None else arguments.data} has no labels")
+        classes, depth = max(train.classes, val.classes), task.backbone.architecture.depth
+        blocks = spread_blocks(depth) if arguments.blocks is None else [block - 1 for block in arguments.blocks]
+        if not all(0 <= block < depth for block in blocks):
+            raise ConfigError(f"--blocks must be between 1 and {depth}")
+        settings = FeatureSettings(blocks, not arguments.bidirectional, arguments.pooling)
+        bank = one_pass(train, "training features", classes, arguments.bank)
+        queries = one_pass(val, "validation features", classes)
+        facts |= evaluate_features(task.backbone, bank, queries, classes, world, settings, probe=arguments.probe)
+    return facts | {"seconds": time.monotonic() - began}
+
+
+def report(facts: dict[str, Any], json_file: str | None) -> None:
+    if json_file == "-":
+        print(json.dumps(facts))
+        return
+    if json_file:
+        Path(json_file).write_text(json.dumps(facts) + "\n")
+    print(f"{facts['checkpoint']} ({facts['weights']} weights), {facts['seconds']:.0f} s")
+    labels = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "knn_top1": "kNN top-1, k 20",
+        "knn10_top1": "kNN top-1, k 10",
+        "probe_top1": "linear probe, best block",
+        "probe_last_top1": "linear probe, last block",
+    }
+    for key, label in labels.items():
+        if key in facts:
+            print(
+                f"  {label:<26}{facts[key]:.1%}" + (f"  (block {facts['probe_block']})" if key == "probe_top1" else "")
+            )
+    if "effective_rank" in facts:
+        print(f"  {'effective rank':<26}{facts['effective_rank']:.1f}")
+    for row in facts.get("probe", []):
+        print(f"    block {row['block']:>3}   top-1 {row['top1']:.1%}   top-5 {row['top5']:.1%}   lr {row['lr']:g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
