@@ -98,8 +98,8 @@ def build(layout: Layout, world: World) -> tuple[Strategy, MovingAverage]:
 
 
 def images(step: int) -> Tensor:
-    """The global batch of a step, [BATCH, 3, 16, 16]: tinted, so that the loss is far from 0 and its relative difference
-    means something."""
+    """The global batch of a step, [BATCH, 3, 16, 16]: tinted, so that the loss is not near 0, where a relative
+    difference means nothing."""
     generator = torch.Generator().manual_seed(step)
     coarse = torch.rand(BATCH, 3, 4, 4, generator=generator) * 2 - 1
     tint = 1 + 2 * torch.rand(BATCH, 3, 1, 1, generator=generator)

@@ -113,7 +113,7 @@ class Trials:
             [f"data.val={self.val}", "evaluate.every=3", "evaluate.batch_size=2"] if chance.random() < 0.3 else []
         )
         arguments = self.arguments(run, launch.strategy, *evaluated)
-        at_start, step, delay = chance.random() < 0.25, chance.randrange(STEPS), chance.random()
+        at_start, step, delay = chance.random() < 0.25, chance.randrange(1, STEPS), chance.random()
         if launch.kind == "plain":
             program = Program(arguments, launch.ranks, self.folder / f"said_{number}", Slow(0.03))
             # ranks that have not found each other yet cannot tell each other
