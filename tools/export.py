@@ -7,6 +7,8 @@ whatever strategy and number of ranks wrote it; one process on a CPU is enough.
                      block, however large the model
   --to official      OUTPUT is a folder in NEPA's official layout (config.json, model.safetensors). Takes the memory of
                      the whole model
+  --to timm          OUTPUT is a folder for timm: `import nepa_scale.interop.timm`, then
+                     timm.create_model("local-dir:OUTPUT"). Takes the memory of the whole model
 
 examples:
   python tools/export.py runs/demo --to safetensors demo.safetensors
@@ -33,8 +35,8 @@ from nepa_scale.training.export import KINDS, export_safetensors, load_task
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint, or a run folder")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="file (safetensors) or folder (official)")
-    parser.add_argument("--to", required=True, choices=["safetensors", "official"], help="the layout of OUTPUT")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a file (safetensors) or a folder")
+    parser.add_argument("--to", required=True, choices=["safetensors", "official", "timm"], help="the layout of OUTPUT")
     parser.add_argument(
         "--weights", default="raw", choices=list(KINDS), help="as trained, or their moving average (default: raw)"
     )
@@ -68,7 +70,12 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
             )
     checkpoint = locate_checkpoint(arguments.checkpoint)
     model = load_task(checkpoint, arguments.weights)
-    save_official(model, arguments.output)
+    if arguments.to == "timm":
+        from nepa_scale.interop.timm import save_timm  # imports timm, which takes seconds
+
+        save_timm(model, arguments.output)
+    else:
+        save_official(model, arguments.output)
     return {
         "checkpoint": str(checkpoint),
         "step": read_meta(checkpoint)["step"],
