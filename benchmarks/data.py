@@ -239,7 +239,7 @@ def measure(images: Path, rounds: int, count: int, workers: int, without: list[s
             rows.append(row)
     bare.close()
     synthetic = synthetic_imagenet(next((made / "one").glob("*.tar")), len(shards), made / "imagenet")
-    reader = stream_of(shards, 0)._batches._reader
+    reader = stream_of(shards, 0).reader
     return {
         "images": len(shards),
         "bytes_per_image": sum(Path(name).stat().st_size for name in shards.names) / len(shards),

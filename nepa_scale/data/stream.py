@@ -63,7 +63,7 @@ class TrainStream:
         self._shards, self._start, self._share = shards, start_step, rank / world_size
         scale, ratio = data.crop_scale, data.crop_ratio
         augment = RandAugment(rand_augment, image_size, data.interpolation) if rand_augment else None
-        reader = SampleReader(
+        self.reader = SampleReader(  # what the workers do, for those who measure it
             shards,
             self._order,
             size=image_size,
@@ -74,7 +74,7 @@ class TrainStream:
             classes=shards.classes if classes is None else classes,
             need_labels=classes is not None,
         )
-        self._batches = _Batches(reader, data.workers, BadSampleLog(bad_samples_file, data.max_bad_fraction))
+        self._batches = _Batches(self.reader, data.workers, BadSampleLog(bad_samples_file, data.max_bad_fraction))
         self._fetcher: ShardFetcher | None = None
 
     def __iter__(self) -> Iterator[Batch]:
