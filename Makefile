@@ -1,4 +1,4 @@
-# make demo: from nothing to a trained model on this machine.   make test: the whole suite.
+# make demo: from nothing to a trained model on this machine.   make test: the suite.
 # VENV=/path uses an environment that already has the package; otherwise .venv is created and filled once.
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 RANKS ?= 2
 
-.PHONY: install demo test lint parity matrix clean
+.PHONY: install demo test test-all lint parity matrix clean
 
 install: $(VENV)/.nepa_scale
 
@@ -35,6 +35,10 @@ demo: install data/demo/train/dataset.json
 	fi
 
 test: install lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# with the tests that take minutes each
+test-all: install lint
 	$(BIN)/python -m pytest
 
 lint: install
