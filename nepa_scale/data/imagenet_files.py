@@ -39,7 +39,7 @@ def list_imagenet_val(tar: Path, devkit: Path | None) -> Listing:
     """The flat validation tar, with labels from the devkit, a folder or its `.tar.gz`; None: looked for beside the tar.
 
     Raises:
-        ConfigError: no devkit, no scipy to read its class list with, or a file that is not what it should be.
+        ConfigError: no devkit, or a file that is not what it should be.
     """
     truth, synsets = _read_devkit(devkit or _devkit_beside(tar))
     names = sorted(synsets.values())
@@ -101,10 +101,8 @@ def _devkit_file(devkit: Path, name: str) -> bytes:
 
 def _read_synsets(meta: IO[bytes]) -> dict[int, str]:
     """ID -> synset of the classes; meta.mat also lists the inner nodes of the hierarchy."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ConfigError("the devkit's class list is a MATLAB file: pip install scipy") from error
+    from scipy.io import loadmat  # takes a moment to import, and nothing else here needs it
+
     synsets = loadmat(meta, squeeze_me=True)["synsets"]
     columns = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"], strict=True)
     return {int(number): str(name) for number, name, children in columns if int(children) == 0}

@@ -1,0 +1,7 @@
+"""Scaling laws: quality against parameters, samples and compute, with intervals."""
+
+from nepa_scale.scaling.isoflop import IsoflopFit, fit_isoflop
+from nepa_scale.scaling.observations import NotDetermined
+from nepa_scale.scaling.parametric import ParametricFit, fit_parametric, project_variables
+
+__all__ = ["IsoflopFit", "NotDetermined", "ParametricFit", "fit_isoflop", "fit_parametric", "project_variables"]
