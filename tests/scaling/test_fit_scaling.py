@@ -1,0 +1,84 @@
+"""tools/fit_scaling.py: from a file or from runs to a law, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nepa_scale.config import Config, ModelConfig, to_dict
+from tests.launch import REPOSITORY
+
+
+def fit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    tool = str(REPOSITORY / "tools" / "fit_scaling.py")
+    return subprocess.run([sys.executable, tool, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def points(tmp_path: Path) -> Path:
+    lines = ["params,tokens,final"]
+    for n in np.geomspace(1e7, 1e9, 5):
+        for d in np.geomspace(1e9, 1e11, 5):
+            lines.append(f"{n},{d},{0.5 + 300 / n**0.35 + 900 / d**0.33}")
+    (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "points.csv"
+
+
+COLUMNS = ("--parameters", "params", "--samples", "tokens", "--loss", "final")
+
+
+def test_a_file_becomes_a_law_and_a_picture(points: Path, tmp_path: Path) -> None:
+    done = fit(points, *COLUMNS, "--json", "-", "--plot", tmp_path / "law.png", "--bootstrap", 20)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    for kind in ("parametric", "variable_projection"):
+        assert facts[kind]["alpha"] == pytest.approx(0.35, rel=5e-3)
+        assert facts[kind]["B"] == pytest.approx(900, rel=5e-3)
+    assert facts["parametric"]["intervals"].keys() >= {"E", "A", "B", "alpha", "beta"}
+    assert facts["isoflop"] is None or facts["isoflop_reason"] is None
+    assert facts["extrapolation_error"] < 1e-3
+    assert (tmp_path / "law.png").stat().st_size > 20_000
+    assert "N* ~ C^a" in fit(points, *COLUMNS, "--bootstrap", 0).stdout
+
+
+def test_what_is_wrong_is_one_clear_line(points: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text(points.read_text() + "1e8,many,0.7\n")
+    cases = [
+        ((points, "--parameters", "parms", *COLUMNS[2:]), "no column 'parms' (did you mean 'params'?)"),
+        ((tmp_path / "bad.csv", *COLUMNS), "row 26: tokens is 'many', not a number"),
+        ((tmp_path / "none.csv", *COLUMNS), "cannot read"),
+        ((tmp_path, "--loss", "one_plus_loss"), "is not a run folder"),
+    ]
+    for arguments, why in cases:
+        done = fit(*arguments)
+        assert done.returncode == 2
+        assert why in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
+    import yaml
+
+    folders = []
+    for depth in (1, 2, 4):
+        for samples in (100, 400, 1600):
+            folder = tmp_path / f"run_{depth}_{samples}"
+            folder.mkdir()
+            config = Config(model=ModelConfig(width=48, heads=3, depth=depth, patch_size=8, image_size=32))
+            (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config) | {"provenance": {}}))
+            n = 40_000 * depth
+            rows = [{"step": 1, "samples_seen": 1, "flops_seen": 1.0, "one_plus_loss": 1.0},
+                    {"step": 9, "samples_seen": samples, "flops_seen": 6.0 * n * samples,
+                     "one_plus_loss": 0.1 + 5 / n**0.3 + 2 / samples**0.4}]  # fmt: skip
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            folders.append(folder)
+    done = fit(*folders, "--loss", "one_plus_loss", "--bootstrap", 0, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["runs"] == 9
+    assert facts["parametric"]["beta"] == pytest.approx(0.4, rel=0.01)
