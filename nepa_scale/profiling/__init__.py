@@ -3,6 +3,7 @@
 from nepa_scale.models import Architecture
 from nepa_scale.profiling.devices import peak_flops
 from nepa_scale.profiling.flops import FlopCount, count_flops, forward_flops, train_flops
+from nepa_scale.profiling.memory import Memory, predict_memory
 from nepa_scale.training.metrics import Costs
 
 
@@ -11,4 +12,14 @@ def training_costs(architecture: Architecture, peak: float | None) -> Costs:
     return Costs(float(train_flops(architecture)), architecture.tokens, peak)
 
 
-__all__ = ["Costs", "FlopCount", "count_flops", "forward_flops", "peak_flops", "train_flops", "training_costs"]
+__all__ = [
+    "Costs",
+    "FlopCount",
+    "Memory",
+    "count_flops",
+    "forward_flops",
+    "peak_flops",
+    "predict_memory",
+    "train_flops",
+    "training_costs",
+]
