@@ -54,9 +54,9 @@ def test_a_run_leaves_what_it_promises(reference: Path) -> None:
         ("torchrun", ["strategy=ddp"]),
         ("torchrun", ["strategy=fsdp", "train.micro_batch_size=2"]),
         ("deepspeed", ["--ds_config", "ds_configs/zero1.json"]),
-        ("deepspeed", ["--ds_config", "ds_configs/zero2.json"]),
+        pytest.param("deepspeed", ["--ds_config", "ds_configs/zero2.json"], marks=pytest.mark.slow),
         ("deepspeed", ["--ds_config", "ds_configs/zero3.json"]),
-        ("deepspeed", ["--ds_config", "ds_configs/zero3_offload.json"]),
+        pytest.param("deepspeed", ["--ds_config", "ds_configs/zero3_offload.json"], marks=pytest.mark.slow),
     ],
     ids=["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"],
 )
@@ -77,7 +77,11 @@ def test_every_launcher_prints_the_same_losses(
 
 @pytest.mark.parametrize(
     ("kind", "ranks", "arguments"),
-    [("python", 1, []), ("torchrun", 2, ["strategy=fsdp"]), ("deepspeed", 2, ["strategy=zero3"])],
+    [
+        pytest.param("python", 1, [], marks=pytest.mark.slow),
+        ("torchrun", 2, ["strategy=fsdp"]),
+        pytest.param("deepspeed", 2, ["strategy=zero3"], marks=pytest.mark.slow),
+    ],
     ids=["single", "fsdp", "zero3"],
 )
 def test_resuming_continues_bit_for_bit(
