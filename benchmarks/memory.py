@@ -55,8 +55,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "Measured with `python benchmarks/memory.py`: the bytes of live tensors at the peak of the real step on the "
         "fullest rank, on the CPU (`single`: one process, the others two ranks); 112 px in patches of 14, 4 images a "
-        f"rank, {rows[0]['model']['depth']} blocks. The last column leaves out DeepSpeed's fixed reduction buckets (400 "
-        f"or 800 MB, `ds_configs/`), beside which models this small vanish. Worst: "
+        f"rank, {rows[0]['model']['depth']} blocks. The last column leaves out DeepSpeed's fixed reduction buckets "
+        f"(400 or 800 MB, `ds_configs/`), beside which models this small vanish. Worst: "
         f"{max(abs(row['error']) for row in rows):.2%}, without buckets "
         f"{max(abs(row['error_without_buckets']) for row in rows):.2%}.",
         "",

@@ -1,7 +1,7 @@
 """Memory of the training step on its fullest rank, by component: for any strategy and number of ranks, without a GPU.
 
-Predicted from closed formulas; --measure also runs the step (two ranks fit on a laptop) and sets it beside: on a CPU the
-bytes of all live tensors, independent of the allocator, on a GPU torch.cuda.max_memory_allocated.
+Predicted from closed formulas; --measure also runs the step (two ranks fit on a laptop) and sets it beside: on a CPU
+the bytes of all live tensors, independent of the allocator, on a GPU torch.cuda.max_memory_allocated.
 
   parameters, gradients, masters (fp32), moments (AdamW's two), ema: as the strategy shards them
   activations: what autograd keeps; temporaries: what the fullest moment of the backward pass computes with
