@@ -1,0 +1,220 @@
+"""A grid of runs over sizes, compute budgets and seeds: planned from FLOPs, run by train.py, resumable.
+
+A run's folder is named by what determines the run, so that the same sweep finds its finished runs again, and a changed
+one makes only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nepa_scale.config import Config, ConfigError, flatten, load_config, nearest, to_dict
+from nepa_scale.profiling import training_costs
+from nepa_scale.training.pretraining import Pretraining
+from nepa_scale.training.run_folder import read_json_lines
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+LOG = "output.txt"  # in a run's folder: what train.py printed
+ATTEMPTS = 2
+_KEYS = ("base", "output", "warmup", "sizes", "budgets", "samples", "seeds", "overrides")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of the grid.
+
+    samples: images seen; flops: forward and backward
+    """
+
+    name: str
+    folder: Path
+    base: Path
+    overrides: dict[str, Any]
+    parameters: int
+    steps: int
+    samples: int
+    flops: float
+
+    def arguments(self) -> list[str]:
+        """Of train.py."""
+        keys = [f"{key}={json.dumps(value)}" for key, value in self.overrides.items()]
+        return ["--config", str(self.base), *keys, f"output={self.folder}"]
+
+    def last_row(self) -> dict[str, Any]:
+        """Everything that the run's metrics hold last; empty before the first."""
+        merged: dict[str, Any] = {}
+        for row in read_json_lines(self.folder / "metrics.jsonl"):
+            merged |= row
+        return merged
+
+    def finished(self) -> bool:
+        """Whether the last step was made and saved."""
+        return (self.folder / "checkpoints" / f"step_{self.steps:08d}").is_dir()
+
+
+@dataclass
+class Sweep:
+    """What a file in configs/sweeps says; exactly one of `budgets` (FLOPs of a run) and `samples` (images) is given."""
+
+    base: str
+    output: str
+    sizes: dict[str, dict[str, Any]]
+    budgets: list[float] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    warmup: float = 0.05
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def read_sweep(path: Path) -> Sweep:
+    """
+    Raises:
+        ConfigError: it cannot be read, a key is unknown or missing, or not just one of budgets and samples is given.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the sweep {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold the keys of a sweep: {', '.join(_KEYS)}")
+    for key in values:
+        if key not in _KEYS:
+            raise ConfigError(f"unknown key '{key}' in {path}{nearest(str(key), _KEYS)}")
+    for key in ("base", "output", "sizes"):
+        if not values.get(key):
+            raise ConfigError(f"{path} lacks '{key}'")
+    sweep = Sweep(**values)
+    if bool(sweep.budgets) == bool(sweep.samples):
+        raise ConfigError(
+            f"{path} must give one of 'budgets' (training FLOPs of a run) and 'samples' (images of a run)"
+        )
+    sweep.budgets = [float(budget) for budget in sweep.budgets]  # YAML reads 1e12 as a word
+    return sweep
+
+
+def plan_runs(sweep: Sweep) -> list[PlannedRun]:
+    """All runs of the grid, the cheapest first.
+
+    Raises:
+        ConfigError: a size or override is wrong, or a budget is less than one step of a size.
+    """
+    runs = [
+        _plan(sweep, size, amount, seed)
+        for size in sweep.sizes
+        for amount in sweep.budgets or sweep.samples
+        for seed in sweep.seeds
+    ]
+    return sorted(runs, key=lambda run: run.flops)
+
+
+def _plan(sweep: Sweep, size: str, amount: float, seed: int) -> PlannedRun:
+    overrides = {**sweep.overrides, **sweep.sizes[size], "train.seed": seed, "train.epochs": None, "train.steps": 1}
+    config = _config(sweep, overrides)
+    task = Pretraining(config)
+    batch = config.train.global_batch_size
+    per_image = training_costs(task.architecture, None).train_flops_per_image
+    steps = int(amount / (per_image * batch)) if sweep.budgets else int(amount // batch)
+    if steps < 1:
+        unit = f"{per_image * batch:.3g} FLOPs" if sweep.budgets else f"{batch} images"
+        raise ConfigError(f"{amount:.3g} is less than one step of size {size}, which takes {unit}: raise it")
+    overrides |= {"train.steps": steps, "schedule.warmup_steps": max(1, round(sweep.warmup * steps))}
+    identity = flatten(to_dict(_config(sweep, overrides)))
+    identity.pop("output")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{size}-{amount:.3g}-s{seed}"
+    return PlannedRun(
+        name, Path(sweep.output) / f"{name}-{digest}", Path(sweep.base), overrides, task.parameters, steps,
+        steps * batch, steps * batch * per_image,
+    )  # fmt: skip
+
+
+def _config(sweep: Sweep, overrides: dict[str, Any]) -> Config:
+    return load_config(sweep.base, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+
+
+@dataclass
+class Attempt:
+    """A run under way."""
+
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    number: int
+
+
+def run_all(
+    runs: Sequence[PlannedRun], launcher: Sequence[str], jobs: int, report: Callable[[list[PlannedRun]], None]
+) -> dict[str, str]:
+    """Runs what is not finished, `jobs` at a time; what fails is tried once more. Returns why each failed run did.
+
+    launcher: the command before train.py
+    report: is told once a second which runs are under way
+    Raises:
+        KeyboardInterrupt: after the runs under way have saved and ended; the same sweep goes on from there.
+    """
+    waiting = [(run, 1) for run in runs if not run.finished()]
+    active: list[Attempt] = []
+    failed: dict[str, str] = {}
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                run, number = waiting.pop(0)
+                active.append(Attempt(run, _start(run, launcher), number))
+            report([attempt.run for attempt in active])
+            time.sleep(min(1.0, 0.2 * len(active)))
+            for attempt in [one for one in active if one.process.poll() is not None]:
+                active.remove(attempt)
+                if attempt.run.finished():
+                    continue
+                if attempt.number < ATTEMPTS and attempt.process.returncode != 2:
+                    waiting.insert(0, (attempt.run, attempt.number + 1))
+                else:
+                    failed[attempt.run.name] = _last_words(attempt.run)
+    finally:
+        for attempt in active:  # they save what they have, and end
+            attempt.process.send_signal(signal.SIGTERM)
+        for attempt in active:
+            attempt.process.wait()
+    return failed
+
+
+def _start(run: PlannedRun, launcher: Sequence[str]) -> subprocess.Popen[bytes]:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / LOG).open("ab") as log:
+        # a group of its own: the terminal's Ctrl-C reaches the sweep, which passes it on once
+        return subprocess.Popen(
+            [*launcher, str(TRAIN), *run.arguments()], stdout=log, stderr=log, start_new_session=True, env=os.environ
+        )
+
+
+def _last_words(run: PlannedRun) -> str:
+    lines = (run.folder / LOG).read_text(errors="replace").strip().splitlines()
+    said = [line for line in lines if line.startswith("error")] or lines or ["it printed nothing"]
+    return f"{said[-1]} ({run.folder / LOG})"
+
+
+def slurm_array(runs: Sequence[PlannedRun], launcher: Sequence[str]) -> str:
+    """A script for sbatch, with one task of the array for each run."""
+    commands = [" ".join([*launcher, str(TRAIN), *(f"'{word}'" for word in run.arguments())]) for run in runs]
+    cases = "\n".join(f"  {number}) {command} ;;" for number, command in enumerate(commands))
+    return (
+        "#!/bin/bash\n#SBATCH --job-name=nepa_sweep\n"
+        f"#SBATCH --array=0-{len(runs) - 1}\n#SBATCH --signal=USR1@120  # saves and ends; requeue to go on\n"
+        f"#SBATCH --requeue\ncase $SLURM_ARRAY_TASK_ID in\n{cases}\nesac\n"
+    )
+
+
+def default_launcher() -> list[str]:
+    """One process."""
+    return [sys.executable]

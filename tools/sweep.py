@@ -1,0 +1,120 @@
+"""Runs a grid of sizes and compute budgets, to fit scaling laws to.
+
+SWEEP is a file such as configs/sweeps/demo.yaml. Each run is train.py, as a user would start it, in a folder named by
+what determines it: give the same command again after a stop, and finished runs are skipped, others go on where they
+were. A run that fails is tried once more, then shown. Ctrl-C lets the runs under way save and end.
+
+examples:
+  python tools/sweep.py configs/sweeps/demo.yaml --dry-run
+  python tools/sweep.py configs/sweeps/demo.yaml --jobs 2
+  python tools/sweep.py configs/sweeps/demo.yaml --launcher "torchrun --standalone --nproc_per_node 8"
+  python tools/sweep.py configs/sweeps/demo.yaml --slurm sweep.sh
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from nepa_scale.profiling.arguments import Parser, deliver, positive, run
+from nepa_scale.scaling.sweep import PlannedRun, default_launcher, plan_runs, read_sweep, run_all, slurm_array
+
+EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
+QUALITY = ("loss", "one_plus_loss", "effective_rank", "knn_top1")
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs with their cost, and start none")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--launcher", metavar="COMMAND", help="what comes before train.py (default: this Python)")
+    parser.add_argument("--slurm", type=Path, metavar="FILE", help="write a job array for sbatch, and start none")
+    parser.add_argument("--json", metavar="FILE", help="write the runs as one JSON object; - for stdout")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    runs = plan_runs(read_sweep(arguments.sweep))
+    launcher = shlex.split(arguments.launcher) if arguments.launcher else default_launcher()
+    failed: dict[str, str] = {}
+    if arguments.slurm:
+        arguments.slurm.write_text(slurm_array(runs, launcher))
+    elif not arguments.dry_run:
+        try:
+            failed = go(runs, launcher, arguments.jobs)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return EXIT_INTERRUPTED
+    deliver({"runs": [facts(one) for one in runs], "failed": failed}, describe(runs, failed), arguments.json)
+    return EXIT_FAILURE if failed else 0
+
+
+def go(runs: list[PlannedRun], launcher: list[str], jobs: int) -> dict[str, str]:
+    """Runs them under a live table on a terminal, with a line now and then elsewhere."""
+    console, began, said = Console(stderr=True), time.monotonic(), 0.0
+    before = sum(one.flops for one in runs if one.finished())
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def report(active: list[PlannedRun]) -> None:
+            nonlocal said
+            done = sum(one.flops for one in runs if one.finished())
+            done += sum(min(float(one.last_row().get("flops_seen", 0)), one.flops) for one in active)
+            rate = (done - before) / (time.monotonic() - began)
+            total = sum(one.flops for one in runs)
+            left = f"{(total - done) / rate / 60:.0f} min left" if rate > 0 else ""
+            line = f"{sum(one.finished() for one in runs)} of {len(runs)} runs, {done / total:.0%} of the FLOPs, {left}"
+            if console.is_terminal:
+                live.update(table(runs, {one.name for one in active}, line), refresh=True)
+            elif time.monotonic() - said > 30:
+                said = time.monotonic()
+                print(line, file=sys.stderr)
+
+        return run_all(runs, launcher, jobs, report)
+
+
+def facts(one: PlannedRun) -> dict[str, Any]:
+    row = one.last_row()
+    return {
+        "name": one.name,
+        "folder": str(one.folder),
+        "parameters": one.parameters,
+        "steps": one.steps,
+        "samples": one.samples,
+        "flops": one.flops,
+        "finished": one.finished(),
+        **{key: row[key] for key in QUALITY if key in row},
+    }
+
+
+def table(runs: list[PlannedRun], active: set[str], title: str) -> Table:
+    shown = Table(title=title)
+    for heading in ("run", "parameters", "images", "FLOPs", "state", *QUALITY):
+        shown.add_column(heading, justify="left" if heading in ("run", "state") else "right")
+    for one in runs:
+        row = one.last_row()
+        state = "finished" if one.finished() else f"step {row.get('step', 0)}" if one.name in active else ""
+        quality = [f"{row[key]:.4g}" if isinstance(row.get(key), float) else "" for key in QUALITY]
+        shown.add_row(one.name, f"{one.parameters:,}", f"{one.samples:,}", f"{one.flops:.2g}", state, *quality)
+    return shown
+
+
+def describe(runs: list[PlannedRun], failed: dict[str, str]) -> str:
+    console = Console(width=130)
+    total = sum(one.flops for one in runs)
+    with console.capture() as text:
+        console.print(table(runs, set(), f"{len(runs)} runs, {total:.3g} FLOPs"))
+    return text.get() + "".join(f"failed: {name}: {why}\n" for name, why in failed.items())
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
