@@ -80,7 +80,7 @@ def _work(task: Path, folder: Path) -> None:
 def measure_here(setup: Setup, world: World) -> dict[str, int]:
     """This rank's bytes by kind at the peak of its second step: the first one still arranges buffers. Collective."""
     with LiveTensors() as live:
-        strategy = _build(setup, world)
+        strategy = build_setup(setup, world)
         _claim_state(live, strategy)
         images = torch.zeros(setup.micro_batch, 3, *resolve_architecture(setup.model).image_size, device=world.device)
         live.claim([images], "inputs")
@@ -103,7 +103,8 @@ def measure_here(setup: Setup, world: World) -> dict[str, int]:
     return kinds
 
 
-def _build(setup: Setup, world: World) -> Strategy:
+def build_setup(setup: Setup, world: World) -> Strategy:
+    """The strategy of a setup, with weights and, where it has one, a moving average. Collective."""
     architecture = resolve_architecture(setup.model)
     ds_config = DS_CONFIGS / "zero3_offload.json" if setup.offload else None
     name, values = choose_strategy(setup.strategy, ds_config, world.size)

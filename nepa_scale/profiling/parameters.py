@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -34,6 +35,7 @@ def elements(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+@lru_cache(maxsize=64)
 def parameter_units(architecture: Architecture) -> Units:
     """The parameters of the pretraining module, read off one that is built on the meta device."""
     with torch.device("meta"):

@@ -1,0 +1,119 @@
+"""Communication volumes counted on real ranks; plans that fit, that do not, and what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nepa_scale.config import ConfigError, ModelConfig, load_config
+from nepa_scale.models import resolve_architecture
+from nepa_scale.profiling.communication import Volume, step_volume
+from nepa_scale.profiling.devices import find_device
+from nepa_scale.profiling.launch_scripts import command, overrides, slurm_script
+from nepa_scale.profiling.parameters import count_parameters
+from nepa_scale.profiling.plan import Job, plan, step_time
+from tests.profiling.communication_ranks import MODEL, PRECISIONS, STRATEGIES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_volumes_are_what_ranks_send(ranks: int, tmp_path: Path) -> None:
+    output = tmp_path / "counts.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+            str(ROOT / "tests/profiling/communication_ranks.py"), str(output),
+        ],
+        env=environment, check=True, capture_output=True, timeout=240,
+    )  # fmt: skip
+    counts = json.loads(output.read_text())
+    parameters = count_parameters(resolve_architecture(MODEL))
+    for strategy in STRATEGIES:
+        for precision in PRECISIONS:
+            predicted, counted = step_volume(strategy, parameters, precision), counts[f"{strategy}/{precision}"]
+            for kind in ("all_reduce", "reduce_scatter", "all_gather"):
+                # what the formulas leave out: norms, padding, a broadcast of buffers
+                assert counted.get(kind, 0) == pytest.approx(
+                    getattr(predicted, kind), rel=0.002, abs=0.002 * 4 * parameters
+                ), (strategy, precision, kind)
+
+
+def test_what_a_ring_sends() -> None:
+    assert Volume(all_reduce=100).sent(4) == 150
+    assert Volume(reduce_scatter=100, all_gather=100).sent(4) == 150
+    parameters = 10**6
+    sent = {name: step_volume(name, parameters, "fp32").sent(10**6) / 4e6 for name in STRATEGIES}
+    assert sent == pytest.approx({"ddp": 2, "zero1": 3, "zero2": 3, "fsdp": 3, "zero3": 2}, rel=1e-4)
+    large = step_volume("zero3", 2 * 10**9, "fp32")
+    assert large.sent(10**6) / 8e9 == pytest.approx(3, rel=1e-4)
+
+
+def job(size: str = "vit_g", gpus: int = 8, gpu: str = "h100", **settings: Any) -> Job:
+    return Job(ModelConfig(size=size), gpus, find_device(gpu), **settings)
+
+
+def test_a_plan_fits_and_is_sorted() -> None:
+    choices = plan(job())
+    assert choices[0].fits
+    assert all(choice.memory <= job().usable for choice in choices if choice.fits)
+    assert all(c.micro_batch * c.accumulation * 8 == 4096 for c in choices)
+    assert choices[0].device_hours == pytest.approx(choices[0].days * 24 * 8)
+    assert all(0 < c.mfu < 0.6 for c in choices)
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    (single,) = plan(job("vit_7b", 1, "rtx4090"))
+    assert not single.fits
+    assert "needs GPUs of" in single.change
+    by_name = {choice.strategy: choice for choice in plan(job("vit_7b", 8))}
+    assert not by_name["ddp"].fits
+    assert by_name["fsdp"].fits
+
+
+def test_more_gpus_are_faster_but_no_cheaper() -> None:
+    a = resolve_architecture(ModelConfig(size="vit_l"))
+    seconds = {n: step_time(job("vit_l", n), a, "fsdp", 4096 // n, 1, "none").total for n in (8, 64, 512)}
+    assert seconds[8] > seconds[64] > seconds[512]
+    assert seconds[8] * 8 < seconds[64] * 64 < seconds[512] * 512
+
+
+def test_thousands_of_gpus_and_ten_billion_parameters() -> None:
+    model = ModelConfig(size="vit_7b", width=5120, depth=40, heads=40, mlp_width=20480)
+    large = Job(model, 4096, find_device("h100"), global_batch=16384)
+    assert count_parameters(resolve_architecture(model)) > 10**10
+    assert plan(large)[0].fits
+
+
+@pytest.mark.parametrize("size", ["vit_g", "vit_7b", "vit_b"])
+def test_the_command_means_what_was_planned(size: str) -> None:
+    planned = job(size, 16)
+    best = plan(planned)[0]
+    words = overrides(planned, best)
+    config = load_config(ROOT / words[0].removeprefix("--config "), words[1:])
+    assert resolve_architecture(config.model) == resolve_architecture(planned.model)
+    assert (config.strategy, config.activation_checkpointing) == (best.strategy, best.recompute)
+    assert config.train.micro_batch_size == best.micro_batch
+    assert config.train.epochs == 800
+    assert "--nnodes 2 --nproc_per_node 8" in command(planned, best)
+    script = slurm_script(planned, best)
+    assert "--nodes=2" in script
+    assert "--ntasks-per-node=8" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_unknown_devices_and_batches_that_do_not_divide() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'h100'"):
+        find_device("h10")
+    with pytest.raises(ConfigError, match="96, 104"):
+        plan(job(global_batch=100))
