@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(reference: Path) -> None:
     [
         ("torchrun", ["strategy=ddp"]),
         ("torchrun", ["strategy=fsdp", "train.micro_batch_size=2"]),
-        ("deepspeed", ["--ds_config", "ds_configs/zero1.json"]),
+        pytest.param("deepspeed", ["--ds_config", "ds_configs/zero1.json"], marks=pytest.mark.slow),
         pytest.param("deepspeed", ["--ds_config", "ds_configs/zero2.json"], marks=pytest.mark.slow),
         ("deepspeed", ["--ds_config", "ds_configs/zero3.json"]),
         pytest.param("deepspeed", ["--ds_config", "ds_configs/zero3_offload.json"], marks=pytest.mark.slow),
@@ -79,7 +79,7 @@ def test_every_launcher_prints_the_same_losses(
     ("kind", "ranks", "arguments"),
     [
         pytest.param("python", 1, [], marks=pytest.mark.slow),
-        ("torchrun", 2, ["strategy=fsdp"]),
+        pytest.param("torchrun", 2, ["strategy=fsdp"], marks=pytest.mark.slow),
         pytest.param("deepspeed", 2, ["strategy=zero3"], marks=pytest.mark.slow),
     ],
     ids=["single", "fsdp", "zero3"],

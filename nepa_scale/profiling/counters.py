@@ -7,7 +7,9 @@ device by default, where a 7B model takes no memory. FLOPs are of one image.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,8 +99,9 @@ def deepspeed_forward(architecture: Architecture, device: str = "meta") -> dict[
     It replaces functions of torch. Those of the meta device are written with each other (a linear is an addmm), so that
     it would count a product twice: there only `torch.nn.functional` stays replaced, which is what the model calls.
     """
-    from deepspeed.profiling.flops_profiler import FlopsProfiler
-    from deepspeed.profiling.flops_profiler import profiler as internals
+    with contextlib.redirect_stdout(sys.stderr):  # to which its logger, made at the first import, then holds on
+        from deepspeed.profiling.flops_profiler import FlopsProfiler
+        from deepspeed.profiling.flops_profiler import profiler as internals
 
     model, images = _model_and_image(architecture, device)
     profiler = FlopsProfiler(model)

@@ -18,7 +18,8 @@ STEPS = 120  # of 8 samples: 24 epochs
 RANKS = (2, 1, 2)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_a_run_killed_anywhere_sees_what_the_uninterrupted_one_sees(kills: int, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     common = [

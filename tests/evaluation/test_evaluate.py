@@ -78,6 +78,7 @@ def test_features_are_judged_alike_on_any_number_of_ranks(backbone: Path, shards
     assert alone["knn_top1"] * 13 == pytest.approx(round(alone["knn_top1"] * 13))
 
 
+@pytest.mark.slow
 def test_a_classifier_is_judged_by_its_accuracy(classifier: Path, shards: dict[str, Path]) -> None:
     alone, two = (result(classifier, "--data", shards["val"], ranks=ranks) for ranks in (1, 2))
     assert alone == two

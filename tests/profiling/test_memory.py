@@ -98,6 +98,7 @@ COVERING = [
 ]
 
 
+@pytest.mark.slow
 def test_predicted_is_within_five_percent_of_measured() -> None:
     for setup, found in zip(COVERING, measure(COVERING), strict=True):
         assert predict(setup).total == pytest.approx(found["total"], rel=0.05), setup

@@ -51,7 +51,6 @@ def test_what_is_wrong_is_one_clear_line(points: Path, tmp_path: Path) -> None:
     cases = [
         ((points, "--parameters", "parms", *COLUMNS[2:]), "no column 'parms' (did you mean 'params'?)"),
         ((tmp_path / "bad.csv", *COLUMNS), "row 26: tokens is 'many', not a number"),
-        ((tmp_path / "none.csv", *COLUMNS), "cannot read"),
         ((tmp_path, "--loss", "one_plus_loss"), "is not a run folder"),
     ]
     for arguments, why in cases:
