@@ -18,7 +18,7 @@ class Device:
     memory: bytes
     bandwidth: bytes/s of its memory
     link: bytes/s in one direction to the other accelerators of its host
-    network: bytes/s in one direction to other hosts, its share of the host's
+    network: bytes/s in one direction to other hosts: its share of all the host's cards
     per_host: accelerators of one host
     """
 

@@ -1,7 +1,7 @@
 """What to run on given GPUs: which strategies fit, how fast they are on paper, and what it costs.
 
 The step time is a roofline with stated assumptions (`Assumptions`): matrix products at a share of the peak,
-element-wise work at a share of the memory's bandwidth, collectives over a ring whose slowest link counts, hidden behind
+element-wise work at a share of the memory's bandwidth, collectives over rings whose slowest link counts, hidden behind
 the backward pass as far as the overlap allows. Nothing here is measured; `tools/throughput.py` measures.
 """
 
@@ -181,11 +181,18 @@ def step_time(job: Job, a: Architecture, strategy: str, micro: int, accumulation
 
 
 def communication_time(job: Job, a: Architecture, strategy: str, accumulation: int) -> float:
-    """Seconds of a step's collectives over the slowest link that their ring crosses, were nothing hidden."""
+    """Seconds of a step's collectives over the slowest link that their rings cross, were nothing hidden.
+
+    Between hosts as many rings run side by side as a host has accelerators, each over another network card.
+    """
     if job.gpus == 1:
         return 0.0
     s, parameters = job.assumptions, count_parameters(a)
-    link = job.device.link if job.gpus <= job.device.per_host else min(job.device.link, job.device.network)
+    link = (
+        job.device.link
+        if job.gpus <= job.device.per_host
+        else min(job.device.link, job.device.network * job.device.per_host)
+    )
     sent = step_volume(strategy, parameters, job.precision, accumulation).sent(job.gpus)
     # by unit where weights are gathered, by bucket (DDP 25 MB, DeepSpeed 1e8 elements) where they are not
     calls = {

@@ -20,8 +20,9 @@ def assumptions_text(s: Assumptions, device: Device) -> str:
         f"On paper, not measured: products at {s.product_efficiency:.0%} of {device.peak / 1e12:.0f} TFLOP/s, "
         f"element-wise work at {s.bandwidth_efficiency:.0%} of {device.bandwidth / 1e12:.2f} TB/s with {s.passes:g} "
         f"passes over the activations, rings at {s.link_efficiency:.0%} of {device.link / 1e9:.0f} GB/s in a host of "
-        f"{device.per_host} and {device.network / 1e9:g} GB/s a GPU between hosts, {s.latency * 1e6:.0f} us of latency "
-        f"for each doubling of the ranks, communication hidden behind up to {s.overlap:.0%} of the backward pass, "
+        f"{device.per_host} and {device.network / 1e9:g} GB/s for each GPU between hosts, "
+        f"all cards at once, {s.latency * 1e6:.0f} us of latency for each doubling of the ranks, "
+        f"communication hidden behind up to {s.overlap:.0%} of the backward pass, "
         f"{s.reserve:.0%} of the memory and {s.framework / 1e9:g} GB kept free."
     )
 
