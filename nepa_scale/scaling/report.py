@@ -1,0 +1,200 @@
+"""A set of runs as one self-contained HTML page, and each of its figures as PNG and SVG beside it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nepa_scale.config import ConfigError
+from nepa_scale.scaling import report_tables as tables
+from nepa_scale.scaling.report_figures import (
+    Figure,
+    Series,
+    baselines,
+    cost_figures,
+    cost_rows,
+    curve_figures,
+    curve_rows,
+    diagnostic_figures,
+    frontier_figure,
+    frontier_rows,
+)
+from nepa_scale.scaling.report_law_figures import law_figures
+from nepa_scale.scaling.report_laws import MetricLaw, fit_metric, logged_metrics
+from nepa_scale.scaling.report_page import Section, data_names, render
+from nepa_scale.scaling.report_runs import ReportedRun, Row
+from nepa_scale.scaling.report_theme import save, standalone
+
+Progress = Callable[[str, float], None]  # told what is being done, and the share that is done
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows.
+
+    data: of the figures, by the names they read it by
+    """
+
+    title: str
+    runs: list[ReportedRun]
+    laws: list[MetricLaw]
+    collapsed: dict[str, str]
+    sections: list[Section]
+    data: dict[str, list[Row]]
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [figure for section in self.sections for figure in section.figures]
+
+    def facts(self) -> dict[str, Any]:
+        """The same as one JSON object."""
+        metrics = logged_metrics(self.runs)
+        return {
+            "title": self.title,
+            "runs": [_run_facts(run) | {"collapsed": self.collapsed.get(run.name)} for run in self.runs],
+            "metrics": {metric.name: metric.title for metric in metrics},
+            "laws": {found.metric.name: found.facts() for found in self.laws},
+            "frontier": {
+                name.removeprefix("frontier_"): rows for name, rows in self.data.items() if "frontier" in name
+            },
+            "figures": [figure.name for figure in self.figures],
+        }
+
+
+def make_report(runs: list[ReportedRun], title: str, progress: Progress, bootstrap: int = 200) -> Report:
+    """Fits the laws, and lays out what the runs have to show.
+
+    bootstrap: resamplings for the laws' intervals; 0: none
+    """
+    metrics, series = logged_metrics(runs), Series(runs)
+    collapsed = {run.name: why for run in runs if (why := collapse(run))}
+    sound = [run for run in runs if run.name not in collapsed]
+    sought = [metric for metric in metrics if metric.law]
+    laws = []
+    for number, metric in enumerate(sought):
+        progress(f"fitting the law of {metric.title}", number / len(sought))
+        laws.append(fit_metric(metric, sound, bootstrap))
+
+    curves = curve_rows(runs, metrics, series)
+    data = {"curves": curves, "costs": cost_rows(runs, series)}
+    frontiers, drawn = [], []
+    for metric in sought:
+        edge = frontier_rows(metric, sound, series)
+        if edge:
+            data[f"frontier_{metric.name}"] = edge
+            frontiers.append(frontier_figure(metric, series))
+    for found in laws:
+        figures, read = law_figures(found)
+        drawn += figures
+        data |= read
+    sections = [
+        Section("runs", "Runs", "", tables.run_table(runs, metrics, collapsed)),
+        Section("curves", "Quality over training", figures=curve_figures(metrics, curves, series, baselines(runs))),
+        Section("frontier", "Frontier of the training curves", figures=frontiers),
+        Section("laws", "Scaling laws", _LAWS if laws else "", tables.law_table(laws) if laws else None, drawn),
+        Section("cost", "FLOPs, memory and throughput", figures=cost_figures(data["costs"], series)),
+        Section(
+            "collapse", "Collapse diagnostics", "" if collapsed else "No run has collapsed." if curves else "",
+            tables.collapse_table(collapsed) if collapsed else None, diagnostic_figures(curves, series),
+        ),
+        Section("failures", "Failures", _troubles(runs), tables.trouble_table(runs)),
+        Section(
+            "environment", "Environment and commands", table=tables.environment_table(runs),
+            commands=tables.commands(runs),
+        ),
+    ]  # fmt: skip
+    return Report(title, runs, laws, collapsed, sections, data)
+
+
+_LAWS = (
+    "L(N, D) = E + A / N^α + B / D^β, fitted to the last values of the runs that finished and did not collapse; "
+    "below each number its 90% bootstrap interval. N: parameters, D: images seen, C: training FLOPs."
+)
+
+
+def collapse(run: ReportedRun) -> str:
+    """Why the run's targets are taken for collapsed; empty where they are not."""
+    cosine, rank = run.last("target_cosine"), run.last("effective_rank")
+    if cosine is not None and cosine > 0.95:
+        return f"different targets have a cosine of {cosine:.3f}"
+    if rank is not None and rank < 2:
+        return f"the targets' effective rank is {rank:.2f}"
+    return ""
+
+
+def write_report(report: Report, output: Path, progress: Progress) -> dict[str, Any]:
+    """Writes `output` and OUTPUT's name_figures/*.png and *.svg; returns the facts, with the files.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    folder = output.with_name(f"{output.stem}_figures")
+    _require_writable(output, folder)
+    specs = {figure.name: figure.chart.to_dict() for figure in report.figures}
+    files = []
+    for number, figure in enumerate(report.figures):
+        progress(f"drawing {figure.title}", number / len(specs))
+        spec = specs[figure.name]
+        read = {name: report.data[name] for name in data_names(spec)}
+        files += save(standalone(spec, figure.title, read), folder / figure.name)
+    progress(f"writing {output}", 1.0)
+    read_by_some = set().union(*map(data_names, specs.values())) if specs else set()
+    data = {name: rows for name, rows in report.data.items() if name in read_by_some}
+    page = render(report.title, _summary(report.runs), report.sections, specs, data)
+    output.write_text(page, encoding="utf-8")
+    return report.facts() | {"page": str(output), "bytes": len(page.encode()), "files": [str(file) for file in files]}
+
+
+def _require_writable(output: Path, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, output.parent):
+            if not os.access(place, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        if output.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error.strerror}; choose another with --output") from error
+
+
+def _summary(runs: Sequence[ReportedRun]) -> str:
+    count = Counter(run.status for run in runs)
+    states = ", ".join(f"{count[status]} {status}" for status in ("finished", "unfinished", "failed") if count[status])
+    flops = sum(run.last("flops_seen") or 0.0 for run in runs)
+    plural = "runs" if len(runs) > 1 else "run"
+    return (
+        f"{len(runs)} {plural} ({states}), {flops:.3g} training FLOPs; written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    )
+
+
+def _troubles(runs: Sequence[ReportedRun]) -> str:
+    return "" if tables.trouble_table(runs) else "Every run finished, and none skipped a step or a sample."
+
+
+def _run_facts(run: ReportedRun) -> dict[str, Any]:
+    memory = run.values("peak_memory_bytes")
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "size": run.size,
+        "parameters": run.parameters,
+        "status": run.status,
+        "share": run.share,
+        "said": run.said,
+        "samples_seen": run.last("samples_seen"),
+        "flops_seen": run.last("flops_seen"),
+        "peak_memory_bytes": max(memory) if memory else None,
+        "final": {
+            metric.name: metric.of(value)
+            for metric in logged_metrics([run])
+            if (value := run.last(metric.key)) is not None
+        },
+        "skipped_steps": run.skipped_steps,
+        "bad_samples": run.bad_samples,
+        "provenance": run.provenance,
+    }

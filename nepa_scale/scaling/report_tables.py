@@ -1,0 +1,140 @@
+"""The report's tables: runs, laws, failures, environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nepa_scale.scaling.report_laws import Metric, MetricLaw
+from nepa_scale.scaling.report_page import Cell, Commands, Table
+from nepa_scale.scaling.report_runs import ReportedRun
+
+_LAW = {"E": "E", "A": "A", "B": "B", "alpha": "α", "beta": "β", "a": "N* ~ C^"}
+
+
+def run_table(runs: Sequence[ReportedRun], metrics: Sequence[Metric], collapsed: dict[str, str]) -> Table:
+    """What was run, with the last value of each metric."""
+    head = [Cell("run"), Cell("model"), *_numbers("parameters", "images seen", "FLOPs"), Cell("status")]
+    head += _numbers(*(metric.title for metric in metrics), "effective rank")
+    body = []
+    for run in runs:
+        row = [
+            Cell(run.name),
+            Cell(run.size, "model"),
+            _number(run.parameters, ","),
+            _number(run.last("samples_seen"), ",.0f"),
+        ]
+        row += [
+            _number(run.last("flops_seen"), ".3g"),
+            Cell(_status(run, collapsed), "collapsed" if run.name in collapsed else run.status),
+        ]
+        for metric in metrics:
+            value = run.last(metric.key)
+            shown = None if value is None else metric.of(value)
+            row.append(_number(shown, ".1%" if metric.name.endswith("_error") else ".4f"))
+        body.append([*row, _number(run.last("effective_rank"), ".1f")])
+    return Table(head, body)
+
+
+def _status(run: ReportedRun, collapsed: dict[str, str]) -> str:
+    share = f", {run.share:.0%} of its steps" if run.share is not None and run.share < 1 else ""
+    return f"{run.status}{share}{', collapsed' if run.name in collapsed else ''}"
+
+
+def law_table(laws: Sequence[MetricLaw]) -> Table:
+    """E, A, B, alpha, beta with their intervals; where a law is not determined, the sentence that says why."""
+    head = [Cell("metric"), *_numbers("runs", *_LAW.values(), "residual of log"), Cell("IsoFLOP")]
+    body = []
+    for found in laws:
+        row = [Cell(found.metric.title), Cell(str(len(found.runs)), "number")]
+        law = found.law
+        if law is None:
+            row.append(Cell(f"not determined: {found.refusal}", "sentence", span=len(_LAW) + 1))
+        else:
+            for name in _LAW:
+                low_high = law.intervals.get(name)
+                between = f"{low_high[0]:.3g} – {low_high[1]:.3g}" if low_high else ""
+                row.append(Cell(f"{getattr(law, name):.4g}", "number", between))
+            row.append(Cell(f"{law.residual_std:.2%}", "number"))
+        body.append([*row, _isoflop(found)])
+    return Table(head, body)
+
+
+def _isoflop(found: MetricLaw) -> Cell:
+    fit = found.isoflop
+    if fit is None:
+        return Cell(f"not determined: {found.isoflop_refusal}", "sentence")
+    bias = "" if fit.bias is None else f"; on this grid the method is off by {fit.bias:+.3f}"
+    between = "{:.3g} – {:.3g}".format(*found.resampled.exponent) if found.resampled else ""
+    return Cell(f"N* ~ C^{fit.exponent:.3f} from {len(fit.budgets)} budgets{bias}", "sentence", between)
+
+
+def collapse_table(collapsed: dict[str, str]) -> Table:
+    return Table([Cell("collapsed run"), Cell("why")], [[Cell(run), Cell(why)] for run, why in collapsed.items()])
+
+
+def trouble_table(runs: Sequence[ReportedRun]) -> Table | None:
+    """Runs that failed or have not finished, and those that skipped steps or samples; None where all is well."""
+    body = [
+        [
+            Cell(run.name),
+            Cell(run.status, run.status),
+            Cell(run.said or "nothing was kept of what it printed", "sentence"),
+            _number(run.skipped_steps, ","),
+            _number(run.bad_samples, ","),
+        ]
+        for run in runs
+        if run.status != "finished" or run.skipped_steps or run.bad_samples
+    ]
+    head = [Cell("run"), Cell("status"), Cell("last words"), *_numbers("skipped steps", "bad samples")]
+    return Table(head, body) if body else None
+
+
+def environment_table(runs: Sequence[ReportedRun]) -> Table | None:
+    """One row for each machine, commit and set of versions; None where no run says."""
+    groups: dict[tuple[tuple[str, str], ...], list[ReportedRun]] = {}
+    for run in runs:
+        if run.provenance:
+            groups.setdefault(tuple(_environment(run).items()), []).append(run)
+    if not groups:
+        return None
+    keys = list(dict.fromkeys(key for group in groups for key, _ in group))
+    body = [
+        [Cell(_some([run.name for run in members])), *(Cell(dict(group).get(key, "")) for key in keys)]
+        for group, members in groups.items()
+    ]
+    return Table([Cell("runs"), *map(Cell, keys)], body)
+
+
+def _environment(run: ReportedRun) -> dict[str, str]:
+    found = run.provenance
+    versions = found.get("versions")
+    shown = {
+        "machine": found.get("host"),
+        "ranks": found.get("world_size"),
+        "commit": found.get("commit"),
+        "python": found.get("python"),
+        **(versions if isinstance(versions, dict) else {}),
+    }
+    return {str(key): "unknown" if value is None else str(value) for key, value in shown.items()}
+
+
+def commands(runs: Sequence[ReportedRun]) -> list[Commands]:
+    """As the runs were started, with the time."""
+    lines = [
+        (f"{run.name} ({run.provenance.get('started', 'at an unknown time')})", str(run.provenance["command"]))
+        for run in runs
+        if run.provenance.get("command")
+    ]
+    return [Commands(f"commands of {len(lines)} runs" if len(lines) > 1 else "command", lines)] if lines else []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"
+
+
+def _numbers(*names: str) -> list[Cell]:
+    return [Cell(name, "number") for name in names]
+
+
+def _number(value: float | None, number_format: str) -> Cell:
+    return Cell("–" if value is None else f"{value:{number_format}}", "number")

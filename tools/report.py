@@ -1,0 +1,63 @@
+"""Writes one self-contained HTML page about a set of runs, and each of its figures as PNG and SVG beside it.
+
+RUNS are run folders, or folders that hold them, such as the output of a sweep. Runs that are under way, have failed, or
+lack some metrics are shown with what they have. The page needs no network and no file beside it: mail it, or open it
+where you like. It shows what was run, curves, their frontier, scaling laws with intervals (or why the runs determine
+none), cost by size, collapse diagnostics, failures, and where the numbers come from.
+
+examples:
+  python tools/report.py runs/sweeps/demo --output report.html
+  python tools/report.py runs/recipe_a runs/recipe_b --title "Two recipes" --output out/recipes.html --json facts.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nepa_scale.profiling.arguments import Parser, deliver, run
+from nepa_scale.scaling.report import make_report, write_report
+from nepa_scale.scaling.report_runs import read_reported_runs
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders of run folders")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html",
+                        help="the page (default: report.html); figures go to FILE_figures/")  # fmt: skip
+    parser.add_argument("--title", metavar="TEXT", help="of the page (default: from the folders' names)")
+    parser.add_argument("--bootstrap", type=whole, default=200, metavar="N",
+                        help="resamplings for the laws' intervals (default: 200; 0: none)")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write what the page says as one JSON object; - for stdout")
+    return parser.parse_args()
+
+
+def whole(word: str) -> int:
+    if not word.isdigit():
+        raise argparse.ArgumentTypeError(f"{word} must be a whole number, at least 0")
+    return int(word)
+
+
+def main() -> int:
+    arguments = parse()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("reading the runs", total=1.0)
+
+        def progress(doing: str, share: float) -> None:
+            bars.update(bar, description=doing, completed=share)
+
+        runs = read_reported_runs(arguments.runs)
+        title = arguments.title or f"Runs of {', '.join(path.resolve().name for path in arguments.runs[:3])}"
+        facts = write_report(make_report(runs, title, progress, arguments.bootstrap), arguments.output, progress)
+    deliver(facts, f"{facts['page']}: {len(facts['runs'])} runs, {facts['bytes'] / 1e6:.1f} MB; "
+            f"{len(facts['files'])} figure files beside it", arguments.json)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
