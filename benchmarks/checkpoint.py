@@ -12,10 +12,8 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from report import RESULTS, machine, publish
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -39,7 +38,6 @@ from nepa_scale.training.checkpoint import Checkpointer, find_checkpoint, load_s
 from nepa_scale.training.part_files import FLOAT_BYTES
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-RESULTS = Path(__file__).parent / "results"
 
 
 def rows_of(shapes: dict[str, tuple[int, ...]], rank: int, world_size: int) -> list[Shard]:
@@ -237,12 +235,8 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
-    facts |= {"size": arguments.size, "repeats": arguments.rounds, "machine": machine}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
-    arguments.json.with_suffix(".md").write_text(table(facts))
-    print(table(facts))
+    facts |= {"size": arguments.size, "repeats": arguments.rounds, "machine": machine()}
+    publish(arguments.json, facts, table(facts))
     return 0
 
 

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -41,6 +39,7 @@ from data_peers import (
     webdataset_pil,
     webdataset_uint8,
 )
+from report import RESULTS, machine, publish
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -52,7 +51,6 @@ from nepa_scale.data.order import Permutation
 from nepa_scale.data.shard_maker import make_shards
 from nepa_scale.data.stage_times import measure_stages
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 64
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 OURS, BARE, STOCK = "this stream", "bare decode-crop loop", "webdataset + torchvision v2"
@@ -334,13 +332,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
     command = f"python benchmarks/data.py --images FOLDER --rounds {arguments.rounds} --count {arguments.count}"
-    facts |= {"machine": machine, "workers": arguments.workers, "command": command, "ratios": ratios(facts["rounds"])}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
-    arguments.json.with_suffix(".md").write_text(table(facts))
-    print(table(facts))
+    facts |= {"machine": machine(), "workers": arguments.workers, "command": command, "ratios": ratios(facts["rounds"])}
+    publish(arguments.json, facts, table(facts))
     return 0
 
 

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +26,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from numpy.typing import NDArray
 from PIL import Image
+from report import RESULTS, machine, publish
 from rich.console import Console
 from rich.progress import track
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -37,7 +35,6 @@ from nepa_scale.config import EXIT_USAGE
 from nepa_scale.data.crops import Box, random_resized_box
 from nepa_scale.data.decode import EncodedImage, resize
 
-RESULTS = Path(__file__).parent / "results"
 SIZE = 224
 Pixels = NDArray[np.uint8]
 Decoder = Callable[[bytes], Any]
@@ -232,12 +229,9 @@ def main() -> int:
         "images": len(files),
         "bytes_per_image": statistics.mean(map(len, files)),
         "repeats": arguments.rounds,
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+        "machine": machine(),
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
-    arguments.json.with_suffix(".md").write_text(table(facts))
-    print(table(facts))
+    publish(arguments.json, facts, table(facts))
     return 0
 
 

@@ -11,11 +11,11 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from report import RESULTS, publish
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,7 +29,6 @@ from nepa_scale.profiling.setup import Setup
 STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 SIZES = ("vit_ti", "vit_s")
 RECOMPUTE = ("none", "full")
-RESULTS = Path(__file__).parent / "results"
 
 
 def setups(precision: str, size: str, depth: int) -> list[Setup]:
@@ -91,9 +90,7 @@ def main() -> None:
                 row["error_without_buckets"] = (row["predicted"]["total"] - fixed) / (found["total"] - fixed) - 1.0
                 rows.append(row)
             bar.advance(task)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    arguments.json.with_suffix(".md").write_text(table(rows))
+    publish(arguments.json, rows, table(rows))
     shown = [r for r in rows if r["size"] == SIZES[-1] and r["precision"] == arguments.precision[-1]]
     stacked_bars(
         arguments.json.with_suffix(".png"),
@@ -108,7 +105,6 @@ def main() -> None:
         "MB on the fullest rank at the step's fullest moment",
         marks={"measured": [(r["measured"]["total"] - fixed_of(r)) / 1e6 for r in shown]},
     )  # fmt: skip
-    print(table(rows))
 
 
 def fixed_of(row: dict[str, Any]) -> int:

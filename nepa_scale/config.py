@@ -160,8 +160,9 @@ class EvaluateConfig:
     """Quality where data.val is given, before the first step, after the last, and in between: kNN accuracy of the
     features in pretraining, the classifier's accuracy in fine-tuning."""
 
-    every: int = 0  # steps; 0: only before and after
+    every: int = 5000  # steps; 0: only before and after
     bank: int = 50_000  # training samples, evenly spread, among which neighbours are sought
+    probe: bool = False  # pretraining: a linear probe of the last block as well
     batch_size: int = 64  # per rank
     crop_share: float = 0.875  # of the resized image's shorter side that the centre crop takes
     squash: bool = False  # resize without keeping the aspect: the whole image is then the middle

@@ -16,13 +16,11 @@ if __name__ == "__main__":  # before the imports, which take seconds: a signal m
 
 import argparse
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,32 +28,16 @@ import torch
 import torch.distributed as dist
 
 from nepa_scale.config import EXIT_USAGE, Config, ConfigError, load_config, to_dict
-from nepa_scale.data import DataError, EvaluationStream, ShardSet, TrainStream
-from nepa_scale.data.batch import Batch
+from nepa_scale.data import DataError, ShardSet, TrainStream
+from nepa_scale.data.order import steps_per_epoch
 from nepa_scale.data.remote import RemoteError
-from nepa_scale.evaluation.accuracy import Accuracy
-from nepa_scale.evaluation.online import KnnEvaluation, pixel_features
+from nepa_scale.evaluation.while_training import Passes, make_evaluation
 from nepa_scale.profiling import peak_flops, training_costs
-from nepa_scale.sharding import (
-    StepSettings,
-    Strategy,
-    World,
-    build_strategy,
-    choose_strategy,
-    join_world,
-    leave_world,
-)
+from nepa_scale.sharding import World, build_strategy, choose_strategy, join_world, leave_world
 from nepa_scale.training.agreement import Agreement, StopRequest
 from nepa_scale.training.backward_probe import BackwardProbe
-from nepa_scale.training.batching import plan_batches
-from nepa_scale.training.checkpoint import (
-    Checkpointer,
-    CheckpointFailure,
-    find_checkpoint,
-    find_checkpoint_before,
-    load_shards,
-    read_meta,
-)
+from nepa_scale.training.batching import plan_batches, step_settings
+from nepa_scale.training.checkpoint import Checkpointer, CheckpointFailure
 from nepa_scale.training.departure import EXIT_FAILURE, depart, on_departure
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.finetuning import Finetuning
@@ -63,17 +45,17 @@ from nepa_scale.training.loop import Position, Run, Schedule, train
 from nepa_scale.training.optimization import peak_learning_rate, total_steps, warmup_steps
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.progress import Tracker, WandbTracker
-from nepa_scale.training.run_folder import forget_after, prepare_run_folder, require_same_run
+from nepa_scale.training.resumption import restore, rewind
+from nepa_scale.training.run_folder import prepare_run_folder
 from nepa_scale.training.run_lock import RunLock
 from nepa_scale.training.signals import EXIT_STOPPED, describe, stop_signals
-from nepa_scale.training.skips import SKIPPED_STEPS, TooManySkipped, TrainingFailure
+from nepa_scale.training.skips import TooManySkipped, TrainingFailure
 from nepa_scale.training.summary import print_plan, print_summary
 from nepa_scale.training.update_guard import UpdateGuard
 from nepa_scale.training.watchdog import Watchdog
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "configs" / "pretrain" / "demo.yaml"
-REWINDS = 3  # to one and the same checkpoint, after which skipping still more of the data is no cure
 T = TypeVar("T")
 
 
@@ -140,28 +122,18 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
         shards = together(world, lambda: open_shards(config.data.train, "data.train", config))
         val = together(world, lambda: open_shards(config.data.val, "data.val", config)) if config.data.val else None
         task = together(world, lambda: make_task(config, shards, plan.micro_batch_size))
-        steps_per_epoch = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
+        epoch_steps = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
         schedule = Schedule(
-            total=total_steps(config, steps_per_epoch),
-            warmup=warmup_steps(config, steps_per_epoch),
+            total=total_steps(config, epoch_steps),
+            warmup=warmup_steps(config, epoch_steps),
             peak_lr=peak_learning_rate(config),
             final_lr_fraction=config.schedule.final_lr_fraction,
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=epoch_steps,
         )
         together(world, lambda: prepare_run_folder(folder, config) if world.is_main else None)
 
         # strategy
-        settings = StepSettings(
-            precision=config.train.precision,
-            micro_batch_size=plan.micro_batch_size,
-            accumulation=plan.accumulation,
-            clip=config.optimizer.clip,
-            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-            eps=config.optimizer.eps,
-            recompute=config.activation_checkpointing,
-            compile=config.compile,
-        )
-        strategy = build_strategy(name, ds_values, world, task.build, task.groups, settings)
+        strategy = build_strategy(name, ds_values, world, task.build, task.groups, step_settings(config, plan))
         average = MovingAverage(strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
         checkpointer = Checkpointer(
             folder,
@@ -245,31 +217,6 @@ def train_on(job: Run, open_stream: Callable[[Position], TrainStream], position:
             stream.close()
 
 
-def rewind(job: Run, failure: TooManySkipped, position: Position, rewinds: Counter[int]) -> Position:
-    """Back to the checkpoint before the skipped steps; the data up to the present step will not be seen again.
-
-    rewinds: how often the run went back to which step
-    Raises:
-        TooManySkipped: `failure`, where there is nothing to go back to, or going back has not helped.
-    """
-    job.checkpointer.wait()
-    path = find_checkpoint_before(job.folder, failure.first) if job.config.train.on_bad_steps == "rewind" else None
-    if path is None:
-        raise failure
-    step = read_meta(path)["step"]
-    rewinds[step] += 1
-    if rewinds[step] > REWINDS:
-        raise failure
-    job.checkpointer.go_back(step)
-    passed_over = failure.step + position.passed_over - step
-    if job.world.is_main:
-        print(
-            f"going back to step {step}: steps {failure.first} to {failure.step} were bad; "
-            f"{failure.step - step} batches are passed over"
-        )
-    return dataclasses.replace(load(job, path), passed_over=passed_over)
-
-
 def together(world: World, prepare: Callable[[], T]) -> T:
     """`prepare()` on every rank. What it raises on one is raised by all, so that no rank is left waiting.
 
@@ -310,59 +257,16 @@ def open_shards(source: str | None, key: str, config: Config) -> ShardSet:
 
 
 def count_steps(samples: int, config: Config, global_batch_size: int, world_size: int) -> int:
+    """Of an epoch."""
     if samples < world_size:
         raise ConfigError(f"data.train holds {samples} samples, fewer than the {world_size} ranks: start fewer ranks")
-    if samples < global_batch_size and config.data.ragged == "drop":
+    steps = steps_per_epoch(samples, global_batch_size, config.data.ragged)
+    if steps == 0:
         raise ConfigError(
             f"data.train holds {samples} samples, less than one batch of train.global_batch_size={global_batch_size}: "
             "lower it, or set data.ragged=pad"
         )
-    full, rest = divmod(samples, global_batch_size)
-    return full + (1 if rest and config.data.ragged == "pad" else 0)
-
-
-def make_trackers(config: Config, world: World) -> list[Tracker]:
-    return [WandbTracker(config.output, to_dict(config))] if config.tracker == "wandb" and world.is_main else []
-
-
-def restore(job: Run) -> Position:
-    """Fills the strategy from a checkpoint, or with initial weights; returns where training goes on."""
-    path = find_checkpoint(job.folder, job.config.train.resume)
-    if path is not None:
-        return load(job, path)
-    job.task.initialize(job.strategy.shards)
-    job.strategy.refresh()
-    if job.average is not None:
-        job.average.restart()
-    forget(job, -1)
-    return Position()
-
-
-def load(job: Run, path: Path) -> Position:
-    """Fills the strategy from a checkpoint of this run; returns where training goes on from there."""
-    meta = read_meta(path)
-    require_same_run(meta["config"], job.config, str(path))
-    if meta["dataset_samples"] != job.dataset_samples:
-        raise ConfigError(
-            f"{path} was trained on {meta['dataset_samples']} samples, data.train={job.config.data.train} holds "
-            f"{job.dataset_samples}: resuming needs the same data"
-        )
-    load_shards(path, job.strategy.shards)
-    job.strategy.set_optimizer_steps(meta["optimizer_steps"])
-    job.strategy.refresh()
-    job.guard.load(meta.get("recent_norms", []))
-    forget(job, meta["step"])
-    return Position(meta["step"], meta.get("passed_over", 0), meta.get("evaluate", False))
-
-
-def forget(job: Run, step: int) -> None:
-    """Removes from the run's logs what comes after `step`: it is about to be written anew. Collective."""
-    if job.world.is_main:
-        for path in (job.folder / "metrics.jsonl", job.folder / SKIPPED_STEPS):
-            forget_after(path, step)
-        for samples in (job.folder / "samples").glob("rank_*.jsonl"):
-            forget_after(samples, step)
-    dist.barrier()  # before any rank appends to them
+    return steps
 
 
 def make_task(config: Config, shards: ShardSet, micro_batch_size: int) -> Pretraining | Finetuning:
@@ -374,85 +278,8 @@ def make_task(config: Config, shards: ShardSet, micro_batch_size: int) -> Pretra
     return Pretraining(config)
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Makes ordered passes over a set, for evaluation; they end early where the run is asked to stop."""
-
-    config: Config
-    image_size: tuple[int, int]
-    world: World
-    agreement: Agreement
-    watchdog: Watchdog
-
-    def over(
-        self, source: ShardSet, limit: int | None = None, classes: int | None = None
-    ) -> Callable[[], Iterator[Batch]]:
-        def batches() -> Iterator[Batch]:
-            stream = EvaluationStream(
-                source,
-                self.config.data,
-                image_size=self.image_size,
-                batch_size=self.config.evaluate.batch_size,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                limit=limit,
-                crop_share=self.config.evaluate.crop_share,
-                squash=self.config.evaluate.squash,
-                classes=classes,
-            )
-            try:
-                yield from self.agreement.watched(stream, self.watchdog.alive)
-            finally:
-                stream.close()
-
-        return batches
-
-
-def make_evaluation(
-    task: Pretraining | Finetuning,
-    shards: ShardSet,
-    val: ShardSet | None,
-    passes: Passes,
-    strategy: Strategy,
-    average: MovingAverage | None,
-) -> Callable[[], dict[str, float]] | None:
-    """The loop's evaluation: of the classifier, or of the features where both sets have labels."""
-    if isinstance(task, Finetuning):
-        if val is None:
-            return None
-        return classifier_evaluation(Accuracy(passes.over(val, classes=task.classes), passes.world), strategy, average)
-    if val is None or shards.classes is None or val.classes is None:
-        return None
-    classes = max(shards.classes, val.classes)
-    bank = passes.over(shards, passes.config.evaluate.bank)
-    return features_evaluation(KnnEvaluation(bank, passes.over(val), classes, passes.world), strategy)
-
-
-def features_evaluation(knn: KnnEvaluation, strategy: Strategy) -> Callable[[], dict[str, float]]:
-    """Its first call of a run also measures what training has to beat."""
-
-    def evaluate() -> dict[str, float]:
-        top1 = knn.of_strategy(strategy)
-        if strategy.optimizer_steps() > 0:
-            return {"knn_top1": top1}
-        return {"knn_top1": top1, "knn_top1_untrained": top1, "knn_top1_pixels": knn.top1(pixel_features)}
-
-    return evaluate
-
-
-def classifier_evaluation(
-    accuracy: Accuracy, strategy: Strategy, average: MovingAverage | None
-) -> Callable[[], dict[str, float]]:
-    """Of the averaged weights, which are what fine-tuning is for, and beside them of the weights as trained."""
-
-    def evaluate() -> dict[str, float]:
-        raw = accuracy.of_strategy(strategy)
-        if average is None:
-            return raw
-        with average.applied(strategy):
-            return accuracy.of_strategy(strategy) | {f"{name}_raw": value for name, value in raw.items()}
-
-    return evaluate
+def make_trackers(config: Config, world: World) -> list[Tracker]:
+    return [WandbTracker(config.output, to_dict(config))] if config.tracker == "wandb" and world.is_main else []
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(shards: Path, val: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, uninterrupted."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    arguments = [f"data.train={shards}", f"data.val={val}", f"output={run}", "train.log_samples=true", "tracker=wandb"]
+    arguments = [
+        f"data.train={shards}", f"data.val={val}", f"output={run}", "train.log_samples=true", "tracker=wandb",
+        "evaluate.probe=true",
+    ]  # fmt: skip
     done = run_training([*TINY, *arguments], WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
     return run
@@ -65,7 +68,7 @@ def test_every_launcher_prints_the_same_losses(
 ) -> None:
     run = tmp_path / "run"
     gathers_weights = "strategy=fsdp" in arguments or "ds_configs/zero3.json" in arguments
-    evaluation = [f"data.val={val}"] if gathers_weights else []
+    evaluation = [f"data.val={val}", "evaluate.probe=true"] if gathers_weights else []
     done = run_training([*arguments, *TINY, f"data.train={shards}", f"output={run}", *evaluation], kind, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     if evaluation:
@@ -104,9 +107,11 @@ def test_resuming_continues_bit_for_bit(
 
 
 def knn(run: Path) -> list[dict[str, float]]:
-    """The evaluations of a run, in order."""
+    """The accuracies that a run measured of its features, in order."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "knn_top1" in row]
+    evaluations = [row for row in rows if "knn_top1" in row]
+    assert all(row["features_effective_rank"] > 1 and row["evaluation_seconds"] > 0 for row in evaluations)
+    return [{key: row[key] for key in row if key.startswith(("knn", "probe"))} for row in evaluations]
 
 
 BAD_INPUT = [

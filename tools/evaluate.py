@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: kNN, linear probes and spectrum of a pretrained backbone, or a classifier's accuracy.
+"""Evaluates a checkpoint: kNN, probes and spectrum of a pretrained backbone, or a classifier's accuracy.
 
 CKPT is a run folder, a checkpoint in it (RUN/checkpoints/step_00001000), or a folder in NEPA's official layout. On
 several GPUs: torchrun --nproc_per_node N tools/evaluate.py ...; the result is the same for any N.
@@ -6,6 +6,7 @@ several GPUs: torchrun --nproc_per_node N tools/evaluate.py ...; the result is t
 examples:
   python tools/evaluate.py runs/demo --data data/demo/val --train data/demo/train
   python tools/evaluate.py runs/vit_b14 --data data/imagenet/val --weights raw --bidirectional --no-probe
+  python tools/evaluate.py runs/vit_b14 --data data/imagenet/val --attentive 10
   python tools/evaluate.py runs/vit_b14_in1k --data data/imagenet/val --interpolation bicubic
 """
 
@@ -17,6 +18,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from rich.console import Console
 from rich.progress import track
 
 from nepa_scale.config import EXIT_USAGE, Config, ConfigError, DataConfig, config_from_dict
-from nepa_scale.data import DataError, EvaluationStream, ShardSet
+from nepa_scale.data import DataError, EvaluationStream, ShardSet, TrainStream
 from nepa_scale.data.batch import Batch
 from nepa_scale.evaluation.accuracy import Accuracy
+from nepa_scale.evaluation.attentive_probe import AttentiveProbe
 from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
 from nepa_scale.interop import load_official
 from nepa_scale.interop.official import CONFIG
@@ -34,6 +37,8 @@ from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.sharding import World, join_world, leave_world
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import KINDS, load_task
+
+ATTENTIVE_BATCH = 256  # over all ranks, so that their number does not matter
 
 
 def main() -> int:
@@ -66,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pooling", choices=["mean", "last"], default="mean", help="of the patches, or the last token")
     parser.add_argument("--bidirectional", action="store_true", help="features without the causal mask")
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="kNN and spectrum only")
+    parser.add_argument(
+        "--attentive", type=int, default=0, metavar="EPOCHS", help="also an attentive probe of the last block probed"
+    )
     parser.add_argument("--interpolation", choices=["bilinear", "bicubic"], default="bilinear")
     parser.add_argument("--crop-share", type=float, default=0.875, help="of the shorter side (default: 0.875)")
     parser.add_argument("--squash", action="store_true", help="resize without keeping the aspect")
@@ -134,7 +142,43 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         bank = one_pass(train, "training features", classes, arguments.bank)
         queries = one_pass(val, "validation features", classes)
         facts |= evaluate_features(task.backbone, bank, queries, classes, world, settings, probe=arguments.probe)
+        if arguments.attentive > 0:
+            probe = AttentiveProbe(task.backbone, blocks[-1], classes, world, causal=settings.causal)
+            fit_attentively(probe, train, config.data if config else data, arguments, world)
+            scores = probe.accuracy(one_pass(val, "validation tokens", classes))
+            facts |= {f"attentive_{name}": value for name, value in scores.items()} | {"attentive_lr": probe.lr}
     return facts | {"seconds": time.monotonic() - began}
+
+
+def fit_attentively(
+    probe: AttentiveProbe, train: ShardSet, data: DataConfig, arguments: argparse.Namespace, world: World
+) -> None:
+    """On augmented images, cropped as in the backbone's own training where that is known."""
+    if train.classes is None:
+        raise ConfigError("an attentive probe needs labels")
+    batch = min(ATTENTIVE_BATCH, 2 ** (len(train).bit_length() - 1))
+    if batch % world.size:
+        raise ConfigError(f"the attentive probe takes batches of {batch}: start a number of ranks that divides it")
+    stream = TrainStream(
+        train,
+        replace(data, workers=arguments.workers, interpolation=arguments.interpolation),
+        image_size=probe.backbone.architecture.image_size,
+        global_batch_size=batch,
+        micro_batch_size=batch // world.size,
+        seed=0,
+        rank=world.rank,
+        world_size=world.size,
+        classes=train.classes,
+    )
+    steps = arguments.attentive * stream.steps_per_epoch
+    try:
+        batches = track(
+            iter(stream), "attentive probe", steps, console=Console(stderr=True), transient=True,
+            disable=not world.is_main,
+        )  # fmt: skip
+        probe.fit(iter(batches), steps, stream.steps_per_epoch)
+    finally:
+        stream.close()
 
 
 def report(facts: dict[str, Any], json_file: str | None) -> None:
@@ -151,6 +195,7 @@ def report(facts: dict[str, Any], json_file: str | None) -> None:
         "knn10_top1": "kNN top-1, k 10",
         "probe_top1": "linear probe, best block",
         "probe_last_top1": "linear probe, last block",
+        "attentive_top1": "attentive probe",
     }
     for key, label in labels.items():
         if key in facts:

@@ -10,6 +10,8 @@ whatever strategy and number of ranks wrote it; one process on a CPU is enough.
   --to timm          OUTPUT is a folder for timm: `import nepa_scale.interop.timm`, then
                      timm.create_model("local-dir:OUTPUT"). Takes the memory of the whole model
 
+Beside the weights of the last two lies README.md, a model card: configuration, data, measured quality, FLOPs.
+
 examples:
   python tools/export.py runs/demo --to safetensors demo.safetensors
   python tools/export.py runs/demo/checkpoints/step_00001000 --to official demo_official --weights ema
@@ -28,6 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from nepa_scale.config import EXIT_USAGE, ConfigError
 from nepa_scale.interop import save_official
+from nepa_scale.interop.model_card import write_model_card
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import KINDS, export_safetensors, load_task
 
@@ -76,6 +79,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         save_timm(model, arguments.output)
     else:
         save_official(model, arguments.output)
+    write_model_card(arguments.output, checkpoint, model, layout=arguments.to, weights=arguments.weights)
     return {
         "checkpoint": str(checkpoint),
         "step": read_meta(checkpoint)["step"],

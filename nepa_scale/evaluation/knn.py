@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from nepa_scale.config import ConfigError
+from nepa_scale.sharding import World
 
-# the similarities held at a time, float32: 1024 x 16384 are 64 MiB
-QUERIES_AT_ONCE = 1024
+# the similarities held at a time, float32: 4096 x 16384 are 256 MiB
+QUERIES_AT_ONCE = 4096
 BANK_AT_ONCE = 16384
 
 
@@ -23,6 +25,7 @@ def knn_top1(
     k: int = 20,
     temperature: float = 0.07,
     device: torch.device | None = None,
+    world: World | None = None,
 ) -> float:
     """Share of `features` whose neighbours in the bank vote for the right label, 0..1.
 
@@ -32,17 +35,22 @@ def knn_top1(
     bank_features, features: float of any dtype [N, D] and [M, D], wherever they are; compared in float32
     bank_labels, labels: integers [N] and [M], 0..classes-1
     device: where to compare, None: where `features` are; the bank goes there in parts
+    world: the bank is divided over its ranks: `bank_features` and `bank_labels` are this rank's part, `features` and
+        `labels` are the same on all. Each rank searches its part, so that no rank ever holds the bank. Collective.
 
     Raises:
-        ConfigError: no samples, or a label outside 0..classes-1.
+        ConfigError: no samples, or a label outside 0..classes-1; on all ranks alike.
     """
-    _require_labels("the bank", bank_labels, classes)
-    _require_labels("the evaluated set", labels, classes)
+    _require_labels("the bank", bank_labels, classes, world)
+    _require_labels("the evaluated set", labels, classes, None)
     device = features.device if device is None else device
     correct = 0
     for part, truth in zip(features.split(QUERIES_AT_ONCE), labels.split(QUERIES_AT_ONCE), strict=True):
-        similarities, neighbours = nearest(F.normalize(part.to(device).float(), dim=1), bank_features, k)
-        predicted = weighted_vote(similarities, bank_labels.cpu()[neighbours], classes, temperature)
+        similarities, rows = nearest(F.normalize(part.to(device).float(), dim=1), bank_features, k)
+        votes = bank_labels.cpu()[rows]
+        if world is not None and world.size > 1:
+            similarities, votes = _nearest_of_all(similarities, votes, k, world)
+        predicted = weighted_vote(similarities, votes, classes, temperature)
         correct += int((predicted == truth.cpu()).sum())
     return correct / len(labels)
 
@@ -74,10 +82,30 @@ def weighted_vote(similarities: Tensor, labels: Tensor, classes: int, temperatur
     return weights.new_zeros(len(labels), classes).scatter_add_(1, labels.long(), weights).argmax(1)
 
 
-def _require_labels(where: str, labels: Tensor, classes: int) -> None:
-    if labels.numel() == 0:
+def _nearest_of_all(similarities: Tensor, labels: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
+    """The k nearest, [M, k], among those that each rank found in its part of the bank, [M, up to k]."""
+    missing = k - similarities.shape[1]  # a vote of no weight for each
+    found = F.pad(similarities, (0, missing), value=-torch.inf), F.pad(labels, (0, missing))
+    (similarities, labels) = (torch.cat(_of_all_ranks(part, world), dim=1) for part in found)
+    similarities, kept = similarities.sort(dim=1, descending=True, stable=True)
+    return similarities[:, :k], labels.gather(1, kept[:, :k])
+
+
+def _of_all_ranks(part: Tensor, world: World) -> list[Tensor]:
+    parts = [torch.empty_like(part) for _ in range(world.size)]
+    dist.all_gather(parts, part.contiguous())
+    return parts
+
+
+def _require_labels(where: str, labels: Tensor, classes: int, world: World | None) -> None:
+    found = [int(labels.min()), int(labels.max())] if labels.numel() else []
+    if world is not None:
+        parts: list[list[int]] = [[] for _ in range(world.size)]
+        dist.all_gather_object(parts, found)
+        found = [label for part in parts for label in part]
+    if not found:
         raise ConfigError(f"kNN needs samples, and {where} has none")
-    low, high = int(labels.min()), int(labels.max())
+    low, high = min(found), max(found)
     if low < 0 or high >= classes:
         raise ConfigError(
             f"kNN needs labels 0..{classes - 1}, and {where} has {low if low < 0 else high}: "

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nepa_scale.data.batch import Batch, normalize
+from nepa_scale.evaluation.features import Features, collect_features
 from nepa_scale.evaluation.knn import knn_top1
-from nepa_scale.evaluation.online import collect_features
+from nepa_scale.evaluation.online import spectrum
 from nepa_scale.evaluation.probe import fit_linear_probe
 from nepa_scale.models import CausalViT
-from nepa_scale.objectives import effective_rank
 from nepa_scale.sharding import World
 
 NEIGHBOURS = {"knn_top1": 20, "knn10_top1": 10}
-SPECTRUM_ROWS = 4096  # features of which the effective rank is taken, evenly spread
 
 
 @dataclass(frozen=True)
@@ -65,33 +64,37 @@ def evaluate_features(
     `probe`, `probe_top1` (best block, chosen on training features held out), `probe_last_top1` and `probe` by block.
     """
     features = pooled_features(backbone, settings)
-    bank, bank_labels = collect_features(train, features, world)
-    queries, labels = collect_features(val, features, world)
+    bank = collect_features(train, features, world)
+    queries = collect_features(val, features, world).gathered(world)
     width = backbone.architecture.width
-    by_block = list(zip(bank.split(width, dim=1), queries.split(width, dim=1), strict=True))
-    last_bank, last_queries = by_block[-1]
+    mine, last = bank.without_padding(), replace(queries, values=queries.values[:, -width:])
     found: dict[str, Any] = {
-        key: knn_top1(last_bank, bank_labels, last_queries, labels, classes=classes, k=k, device=world.device)
+        key: knn_top1(
+            mine.values[:, -width:],
+            mine.labels,
+            last.values,
+            last.labels,
+            classes=classes,
+            k=k,
+            device=world.device,
+            world=world,
+        )
         for key, k in NEIGHBOURS.items()
     }
-    found["effective_rank"] = effective_rank(last_queries[:: max(1, len(labels) // SPECTRUM_ROWS)]).item()
+    found["effective_rank"] = spectrum(last)
     if probe:
-        found |= _probes(by_block, bank_labels, labels, classes, world, settings.blocks)
+        found |= _probes(bank.gathered(world), queries, width, classes, world.device, settings.blocks)
     return found
 
 
 def _probes(
-    by_block: list[tuple[Tensor, Tensor]],
-    bank_labels: Tensor,
-    labels: Tensor,
-    classes: int,
-    world: World,
-    blocks: Sequence[int],
+    bank: Features, queries: Features, width: int, classes: int, device: torch.device, blocks: Sequence[int]
 ) -> dict[str, Any]:
     table = []
-    for block, (bank, queries) in zip(blocks, by_block, strict=True):
-        fitted = fit_linear_probe(bank.to(world.device), bank_labels.to(world.device), classes)
-        scores = fitted.accuracy(queries.to(world.device), labels.to(world.device))
+    by_block = zip(blocks, bank.values.split(width, dim=1), queries.values.split(width, dim=1), strict=True)
+    for block, train, val in by_block:
+        fitted = fit_linear_probe(train.to(device), bank.labels.to(device), classes)
+        scores = fitted.accuracy(val.to(device), queries.labels.to(device))
         table.append({"block": block + 1, "lr": fitted.lr, "held_out": fitted.held_out, **scores})
     best = max(table, key=lambda row: row["held_out"])
     return {

@@ -27,7 +27,7 @@ from nepa_scale.objectives import Classifier, NextEmbedding
 _TIMM_SIZES = {"tiny": "vit_ti", "small": "vit_s", "base": "vit_b", "large": "vit_l", "huge": "vit_h", "giant": "vit_g"}
 _TIMM_SIZES |= {size.removeprefix("vit_"): size for size in ("vit_1b", "vit_3b", "vit_7b")}
 _PATCHES = (14, 16)
-_POOLINGS = {"avg": "mean", "token": "last", "": ""}
+_POOLINGS = ("avg", "token", "")
 
 
 class NepaVisionTransformer(nn.Module):

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nepa_scale.config import Config
+from nepa_scale.config import Config, ConfigError
 from nepa_scale.data import ShardSet, TrainStream
 from nepa_scale.data.batch import Batch
 from nepa_scale.models import Architecture
 from nepa_scale.profiling.devices import peak_flops
 from nepa_scale.profiling.flops import count_flops
-from nepa_scale.sharding import StepSettings, Strategy, World, build_strategy, choose_strategy, max_over_ranks
-from nepa_scale.training.batching import BatchPlan, plan_batches
+from nepa_scale.sharding import Strategy, World, build_strategy, choose_strategy, max_over_ranks
+from nepa_scale.training.batching import BatchPlan, plan_batches, step_settings
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.pretraining import Pretraining
 
@@ -84,23 +84,20 @@ class Throughput:
 
 
 class StepRunner:
-    """A configuration's strategy, its batches, and the step that the training loop makes of them."""
+    """A configuration's strategy, its batches, and the step that the training loop makes of them.
+
+    Raises:
+        ConfigError: numbers that cannot be, or a configuration of fine-tuning.
+    """
 
     def __init__(self, config: Config, world: World, ds_config: Path | None = None) -> None:
+        if config.task != "pretrain":
+            raise ConfigError(f"the step that is timed is that of pretraining, not of task={config.task}")
         name, values = choose_strategy(config.strategy, ds_config, world.size)
         self.config, self.world = config, world
         self.plan: BatchPlan = plan_batches(config.train, world.size)
         self.task = Pretraining(config)
-        settings = StepSettings(
-            precision=config.train.precision,
-            micro_batch_size=self.plan.micro_batch_size,
-            accumulation=self.plan.accumulation,
-            clip=config.optimizer.clip,
-            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-            eps=config.optimizer.eps,
-            recompute=config.activation_checkpointing,
-            compile=config.compile,
-        )
+        settings = step_settings(config, self.plan)
         self.strategy: Strategy = build_strategy(name, values, world, self.task.build, self.task.groups, settings)
         self.task.initialize(self.strategy.shards)
         self.strategy.refresh()

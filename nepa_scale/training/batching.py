@@ -1,10 +1,11 @@
-"""How a global batch is spread over ranks and forward passes."""
+"""How a global batch is spread over ranks and forward passes, and what a step of it is told."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nepa_scale.config import ConfigError, TrainConfig
+from nepa_scale.config import Config, ConfigError, TrainConfig
+from nepa_scale.sharding import StepSettings
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,17 @@ def plan_batches(train: TrainConfig, world_size: int) -> BatchPlan:
             f"(train.global_batch_size={total} over {world_size} ranks); that do: {', '.join(map(str, divisors[-12:]))}"
         )
     return BatchPlan(total, micro, per_rank // micro)
+
+
+def step_settings(config: Config, plan: BatchPlan) -> StepSettings:
+    """The part of the configuration that a strategy is told."""
+    return StepSettings(
+        precision=config.train.precision,
+        micro_batch_size=plan.micro_batch_size,
+        accumulation=plan.accumulation,
+        clip=config.optimizer.clip,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        eps=config.optimizer.eps,
+        recompute=config.activation_checkpointing,
+        compile=config.compile,
+    )

@@ -190,12 +190,13 @@ def evaluate(run: Run, logs: Logs, step: int) -> StopRequest | None:
     """Evaluates, where the run does, and records what it finds; returns what asked for a stop meanwhile. Collective."""
     if run.evaluate is None:
         return None
+    began = time.monotonic()
     try:
         with run.watchdog.patient(step, "evaluating"):
             found = run.evaluate()
     except Stopped as stopped:
         return stopped.request
-    logs.add_evaluation(step, found)
+    logs.add_evaluation(step, found, time.monotonic() - began)
     return None
 
 
@@ -245,9 +246,9 @@ class Logs:
         self._record(row)
         self.progress.update(row)
 
-    def add_evaluation(self, step: int, found: dict[str, float]) -> None:
+    def add_evaluation(self, step: int, found: dict[str, float], seconds: float) -> None:
         self.evaluated = (step, found)
-        self._record({"step": step} | found)
+        self._record({"step": step} | found | {"evaluation_seconds": seconds})
         if step > 0:
             self.progress.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
 

@@ -16,21 +16,21 @@ from tests.launch import REPOSITORY, TINY, TRAIN, launcher, run_training, write_
 
 STEPS = 120  # of 8 samples: 24 epochs
 RANKS = (2, 1, 2)
+KILLS = 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [20])
-def test_a_run_killed_anywhere_sees_what_the_uninterrupted_one_sees(kills: int, tmp_path: Path) -> None:
+def test_a_run_killed_anywhere_sees_what_the_uninterrupted_one_sees(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     common = [
         *TINY, f"data.train={shards}", f"train.steps={STEPS}", "train.log_samples=true", "checkpoint.every=1",
         "schedule.warmup_steps=2", "strategy=ddp",
     ]  # fmt: skip
     assert run_training([*common, f"output={tmp_path / 'whole'}", "checkpoint.every=0"]).returncode == 0
-    run, chance = tmp_path / "run", random.Random(kills)
+    run, chance = tmp_path / "run", random.Random(KILLS)
     reached, places = 0, []
-    for trial in range(kills):
-        last = STEPS * (trial + 1) // (kills + 1)  # so that there is something left to do at the end
+    for trial in range(KILLS):
+        last = STEPS * (trial + 1) // (KILLS + 1)  # so that there is something left to do at the end
         place = chance.randint(min(reached + 1, last), last)
         places.append(
             kill_at(place, chance.uniform(0, 0.3), [*common, f"output={run}"], RANKS[trial % len(RANKS)], run)

@@ -69,10 +69,17 @@ def result(*arguments: object, ranks: int = 1) -> dict[str, Any]:
 
 
 def test_features_are_judged_alike_on_any_number_of_ranks(backbone: Path, shards: dict[str, Path]) -> None:
-    arguments = (backbone, "--data", shards["val"], "--train", shards["train"])
+    arguments = (backbone, "--data", shards["val"], "--train", shards["train"], "--attentive", 2)
     alone, two = result(*arguments), result(*arguments, ranks=2)
     assert alone == two
-    assert {"knn_top1", "knn10_top1", "probe_top1", "probe_last_top1", "effective_rank"} <= alone.keys()
+    assert {
+        "knn_top1",
+        "knn10_top1",
+        "probe_top1",
+        "probe_last_top1",
+        "effective_rank",
+        "attentive_top1",
+    } <= alone.keys()
     assert [row["block"] for row in alone["probe"]] == [1, 2, 3]
     assert alone["probe_top1"] == next(r["top1"] for r in alone["probe"] if r["block"] == alone["probe_block"])
     assert alone["knn_top1"] * 13 == pytest.approx(round(alone["knn_top1"] * 13))

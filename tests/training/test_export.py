@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = [
     "model.width=48", "model.depth=2", "model.heads=3", "model.patch_size=8", "model.image_size=32",
 ]  # fmt: skip
+META = {"step": 7, "samples_seen": 56, "dataset_samples": 40}
 
 
 def config_of_test() -> Config:
@@ -42,7 +44,7 @@ def state_of_test() -> list[Shard]:
 def save(rank: int, world_size: int, run: str) -> None:
     checkpointer = Checkpointer(Path(run), keep=1, rank=rank, world_size=world_size)
     shards = cut(state_of_test(), rank, world_size, 9)
-    checkpointer.save(7, shards, replicated=False, meta={"step": 7, "config": to_dict(config_of_test())})
+    checkpointer.save(7, shards, replicated=False, meta=META | {"config": to_dict(config_of_test())})
     checkpointer.close()
 
 
@@ -81,6 +83,32 @@ def test_safetensors_hold_every_parameter_by_name(weights: str, kind: str, run: 
     assert facts["parameters"] == sum(shard.stop for shard in state)
     assert facts["bytes"] == output.stat().st_size
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize("layout", ["official", "timm"])
+def test_a_model_card_says_what_the_weights_are(layout: str, run: Path, tmp_path: Path) -> None:
+    rows = [{"step": 0, "knn_top1": 0.25}, {"step": 7, "knn_top1": 0.5}, {"step": 9, "knn_top1": 0.75}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        done = export(run, "--to", layout, tmp_path / "weights", "--weights", "ema")
+    finally:
+        (run / "metrics.jsonl").unlink()
+    assert done.returncode == 0, done.stderr
+    _, front, card = (tmp_path / "weights" / "README.md").read_text().split("---\n", 2)
+    facts = yaml.safe_load(front)
+    assert facts["pipeline_tag"] == "image-feature-extraction"
+    assert facts.get("library_name") == ("timm" if layout == "timm" else None)
+    assert "| 56 (1.4 epochs), 7 steps of 4,096 |" in card
+    assert "20 neighbours | 50.0% (step 7) |" in card  # of this checkpoint, not what the run reached later
+    assert f"{sum(shard.stop for shard in state_of_test()):,}" in card
+    saved = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert saved == to_dict(config_of_test())
+    code = card.split("```python\n")[1].split("```")[0]
+    shown = subprocess.run(
+        [sys.executable, "-c", code + "\nprint(sum(p.numel() for p in model.parameters()))"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert int(shown.stdout) == sum(shard.stop for shard in state_of_test()), shown.stderr
 
 
 @pytest.mark.parametrize(("weights", "kind"), [("raw", "master"), ("ema", "ema")])

@@ -1,0 +1,121 @@
+"""The README.md of exported weights: what they are, what they were trained on, what was measured, how to load them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nepa_scale.config import Config, config_from_dict, to_dict
+from nepa_scale.models.sizes import Architecture
+from nepa_scale.objectives import Classifier, NextEmbedding
+from nepa_scale.profiling import forward_flops, train_flops
+from nepa_scale.training.checkpoint import read_meta
+from nepa_scale.training.run_folder import read_json_lines
+
+PERCENTAGES = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "knn_top1": "kNN top-1 accuracy, 20 neighbours",
+    "probe_top1": "linear probe top-1 accuracy",
+    "top1_raw": "top-1 accuracy of the weights as trained",
+    "knn_top1_untrained": "kNN top-1 accuracy of the untrained network",
+    "knn_top1_pixels": "kNN top-1 accuracy of raw pixels",
+}
+USE = {
+    "official": "from nepa_scale.interop import load_official\n\nmodel = load_official({folder!r})",
+    "timm": (
+        "import timm\n\nimport nepa_scale.interop.timm\n\n"
+        'model = timm.create_model("local-dir:" + {folder!r}, pretrained=True)'
+    ),
+}
+CITATION = "Sihan Xu et al.: Next-Embedding Prediction Makes Strong Vision Learners, arXiv 2512.16922 (2025)"
+
+
+def write_model_card(
+    folder: Path, checkpoint: Path, task: NextEmbedding | Classifier, *, layout: str, weights: str
+) -> None:
+    """Writes README.md into `folder`.
+
+    checkpoint: the step_N folder that `task` was loaded from; the metrics are those of its run up to that step
+    layout: "official" or "timm"
+    weights: "raw" or "ema"
+    """
+    meta = read_meta(checkpoint)
+    config = config_from_dict(meta["config"], str(checkpoint))
+    run = checkpoint.parent.parent
+    architecture = task.backbone.architecture
+    parts = [
+        _front_matter(task, layout),
+        f"# {run.name}\n",
+        _summary(task),
+        "## Model\n",
+        _table(_model(task, architecture)),
+        "## Training\n",
+        _table(_training(meta, config, architecture, weights)),
+        "## Quality\n",
+        _quality(run, meta["step"]),
+        "## Use\n",
+        f"```python\n{USE[layout].format(folder=folder.name)}\n```\n",
+        f"Images are resized, cropped to {architecture.image_size[0]} x {architecture.image_size[1]} and scaled to "
+        "[-1, 1] (mean and standard deviation 0.5).\n",
+        "## Configuration of the run\n",
+        f"```yaml\n{yaml.safe_dump(to_dict(config), sort_keys=False)}```\n",
+        "## Method\n",
+        CITATION,
+    ]
+    (folder / "README.md").write_text("\n".join(parts) + "\n")
+
+
+def _front_matter(task: NextEmbedding | Classifier, layout: str) -> str:
+    purpose = "image-classification" if isinstance(task, Classifier) else "image-feature-extraction"
+    facts: dict[str, Any] = {"pipeline_tag": purpose, "tags": ["nepa", "causal-vit", purpose]}
+    if layout == "timm":
+        facts = {"library_name": "timm"} | facts
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
+
+
+def _summary(task: NextEmbedding | Classifier) -> str:
+    if isinstance(task, Classifier):
+        return f"A causal Vision Transformer, fine-tuned to {task.head.out_features:,} classes.\n"
+    return "A causal Vision Transformer, pretrained by predicting the embedding of the next patch.\n"
+
+
+def _model(task: NextEmbedding | Classifier, a: Architecture) -> dict[str, str]:
+    return {
+        "parameters": f"{sum(parameter.numel() for parameter in task.parameters()):,}",
+        "width, depth, heads": f"{a.width}, {a.depth}, {a.heads}",
+        "patch": f"{a.patch_size} px: {a.tokens} tokens",
+        "forward pass of an image": f"{sum(forward_flops(a).values()) / 1e9:,.2f} GFLOP",
+    }
+
+
+def _training(meta: dict[str, Any], config: Config, a: Architecture, weights: str) -> dict[str, str]:
+    seen, samples, batch = meta["samples_seen"], meta["dataset_samples"], config.train.global_batch_size
+    averaged = f"moving average, decay {config.ema.decay:g}" if weights == "ema" else "as trained"
+    return {
+        "data": f"{config.data.train}: {samples:,} images",
+        "images seen": f"{seen:,} ({seen / samples:,.1f} epochs), {meta['step']:,} steps of {batch:,}",
+        "training FLOPs": f"{seen * train_flops(a):.3g} (forward and backward)",
+        "precision": config.train.precision,
+        "weights": averaged,
+    }
+
+
+def _quality(run: Path, step: int) -> str:
+    rows = read_json_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    found: dict[str, str] = {}
+    for row in rows:
+        if row.get("step", 0) <= step:
+            found |= {
+                label: f"{row[key]:.1%} (step {row['step']:,})" for key, label in PERCENTAGES.items() if key in row
+            }
+    if not found:
+        return "Not evaluated in training.\n"
+    return _table(found)
+
+
+def _table(facts: dict[str, str]) -> str:
+    rows = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in facts.items()]
+    return "\n".join(["| | |", "|---|---|", *rows, ""])
