@@ -13,14 +13,18 @@ examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from nepa_scale.profiling.arguments import Parser, deliver, run
-from nepa_scale.scaling.report import make_report, write_report
+from nepa_scale.scaling.report import Progress, figures_folder, make_report, write_report
 from nepa_scale.scaling.report_runs import read_reported_runs
 
 
@@ -44,19 +48,34 @@ def whole(word: str) -> int:
 
 def main() -> int:
     arguments = parse()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("reading the runs", total=1.0)
-
-        def progress(doing: str, share: float) -> None:
-            bars.update(bar, description=doing, completed=share)
-
+    with progress_bar() as progress:
+        progress("reading the runs", 0.0)
         runs = read_reported_runs(arguments.runs)
         title = arguments.title or f"Runs of {', '.join(path.resolve().name for path in arguments.runs[:3])}"
-        facts = write_report(make_report(runs, title, progress, arguments.bootstrap), arguments.output, progress)
-    deliver(facts, f"{facts['page']}: {len(facts['runs'])} runs, {facts['bytes'] / 1e6:.1f} MB; "
-            f"{len(facts['files'])} figure files beside it", arguments.json)  # fmt: skip
+        report = make_report(runs, title, progress, arguments.bootstrap)
+        facts = write_report(report, arguments.output, progress)
+    said = f"{facts['page']}: {len(runs)} runs, {facts['bytes'] / 1e6:.1f} MB; {len(facts['files'])} figure files"
+    deliver(facts, f"{said} in {figures_folder(arguments.output)}", arguments.json)
     return 0
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """What is being done: a bar on a terminal, elsewhere a line now and then; on stderr."""
+    console, said = Console(stderr=True), time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    bar = rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=1.0)
+
+    def progress(doing: str, share: float) -> None:
+        nonlocal said
+        bar.update(task, description=doing, completed=share)
+        if not console.is_terminal and time.monotonic() - said > 5:
+            said = time.monotonic()
+            print(doing, file=sys.stderr)
+
+    with bar:
+        yield progress
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from nepa_scale.scaling.report_figures import (
     frontier_rows,
 )
 from nepa_scale.scaling.report_law_figures import law_figures
-from nepa_scale.scaling.report_laws import MetricLaw, fit_metric, logged_metrics
+from nepa_scale.scaling.report_laws import Metric, MetricLaw, fit_metric, logged_metrics
 from nepa_scale.scaling.report_page import Section, data_names, render
-from nepa_scale.scaling.report_runs import ReportedRun, Row
+from nepa_scale.scaling.report_runs import COLLAPSED_COSINE, COLLAPSED_RANK, ReportedRun, Row, collapse
 from nepa_scale.scaling.report_theme import save, standalone
 
 Progress = Callable[[str, float], None]  # told what is being done, and the share that is done
@@ -80,33 +80,26 @@ def make_report(runs: list[ReportedRun], title: str, progress: Progress, bootstr
         progress(f"fitting the law of {metric.title}", number / len(sought))
         laws.append(fit_metric(metric, sound, bootstrap))
 
-    curves = curve_rows(runs, metrics, series)
-    data = {"curves": curves, "costs": cost_rows(runs, series)}
-    frontiers, drawn = [], []
-    for metric in sought:
-        edge = frontier_rows(metric, sound, series)
-        if edge:
-            data[f"frontier_{metric.name}"] = edge
-            frontiers.append(frontier_figure(metric, series))
+    curves, costs = curve_rows(runs, metrics, series), cost_rows(runs, series)
+    frontiers = {metric: frontier_rows(metric, sound, series) for metric in sought if _several_have(metric, sound)}
+    data = {"curves": curves, "costs": costs} | {f"frontier_{one.name}": rows for one, rows in frontiers.items()}
+    drawn: list[Figure] = []
     for found in laws:
         figures, read = law_figures(found)
         drawn += figures
         data |= read
+
+    troubles, bad = tables.trouble_table(runs), tables.collapse_table(collapsed) if collapsed else None
+    where, how = tables.environment_table(runs), tables.commands(runs)
     sections = [
-        Section("runs", "Runs", "", tables.run_table(runs, metrics, collapsed)),
+        Section("runs", "Runs", table=tables.run_table(runs, metrics, collapsed)),
         Section("curves", "Quality over training", figures=curve_figures(metrics, curves, series, baselines(runs))),
-        Section("frontier", "Frontier of the training curves", figures=frontiers),
-        Section("laws", "Scaling laws", _LAWS if laws else "", tables.law_table(laws) if laws else None, drawn),
-        Section("cost", "FLOPs, memory and throughput", figures=cost_figures(data["costs"], series)),
-        Section(
-            "collapse", "Collapse diagnostics", "" if collapsed else "No run has collapsed." if curves else "",
-            tables.collapse_table(collapsed) if collapsed else None, diagnostic_figures(curves, series),
-        ),
-        Section("failures", "Failures", _troubles(runs), tables.trouble_table(runs)),
-        Section(
-            "environment", "Environment and commands", table=tables.environment_table(runs),
-            commands=tables.commands(runs),
-        ),
+        Section("frontier", "Frontier of the training curves", figures=[frontier_figure(m, series) for m in frontiers]),
+        Section("laws", "Scaling laws", _LAWS, tables.law_table(laws) if laws else None, drawn),
+        Section("cost", "FLOPs, memory and throughput", figures=cost_figures(costs, series)),
+        Section("collapse", "Collapse diagnostics", _COLLAPSE, bad, diagnostic_figures(curves, series)),
+        Section("failures", "Failures", "" if troubles else _NO_TROUBLES, troubles),
+        Section("environment", "Environment and commands", table=where, commands=how),
     ]  # fmt: skip
     return Report(title, runs, laws, collapsed, sections, data)
 
@@ -115,25 +108,25 @@ _LAWS = (
     "L(N, D) = E + A / N^α + B / D^β, fitted to the last values of the runs that finished and did not collapse; "
     "below each number its 90% bootstrap interval. N: parameters, D: images seen, C: training FLOPs."
 )
+_COLLAPSE = (
+    f"A run counts as collapsed where its last targets have a mean cosine above {COLLAPSED_COSINE}, or an effective "
+    f"rank below {COLLAPSED_RANK:g}; it is left out of laws and frontiers."
+)
+_NO_TROUBLES = "Every run finished, and none skipped a step or a sample."
 
 
-def collapse(run: ReportedRun) -> str:
-    """Why the run's targets are taken for collapsed; empty where they are not."""
-    cosine, rank = run.last("target_cosine"), run.last("effective_rank")
-    if cosine is not None and cosine > 0.95:
-        return f"different targets have a cosine of {cosine:.3f}"
-    if rank is not None and rank < 2:
-        return f"the targets' effective rank is {rank:.2f}"
-    return ""
+def _several_have(metric: Metric, runs: Sequence[ReportedRun]) -> bool:
+    """Of one run the frontier is its own curve."""
+    return sum(bool(run.values(metric.key)) for run in runs) > 1
 
 
 def write_report(report: Report, output: Path, progress: Progress) -> dict[str, Any]:
-    """Writes `output` and OUTPUT's name_figures/*.png and *.svg; returns the facts, with the files.
+    """Writes `output`, and its figures as *.png and *.svg to `figures_folder`; returns the facts, with the files.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
-    folder = output.with_name(f"{output.stem}_figures")
+    folder = figures_folder(output)
     _require_writable(output, folder)
     specs = {figure.name: figure.chart.to_dict() for figure in report.figures}
     files = []
@@ -148,6 +141,11 @@ def write_report(report: Report, output: Path, progress: Progress) -> dict[str, 
     page = render(report.title, _summary(report.runs), report.sections, specs, data)
     output.write_text(page, encoding="utf-8")
     return report.facts() | {"page": str(output), "bytes": len(page.encode()), "files": [str(file) for file in files]}
+
+
+def figures_folder(output: Path) -> Path:
+    """Beside the page, and named by it."""
+    return output.with_name(f"{output.stem}_figures")
 
 
 def _require_writable(output: Path, folder: Path) -> None:
@@ -170,10 +168,6 @@ def _summary(runs: Sequence[ReportedRun]) -> str:
     return (
         f"{len(runs)} {plural} ({states}), {flops:.3g} training FLOPs; written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     )
-
-
-def _troubles(runs: Sequence[ReportedRun]) -> str:
-    return "" if tables.trouble_table(runs) else "Every run finished, and none skipped a step or a sample."
 
 
 def _run_facts(run: ReportedRun) -> dict[str, Any]:

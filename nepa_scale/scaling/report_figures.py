@@ -15,6 +15,7 @@ from nepa_scale.scaling.report_runs import ReportedRun, Row, is_number
 
 POINTS = 3000  # of all runs' curves together
 MOST, LEAST = 200, 30  # of one run's curve
+EDGE = 100  # of a frontier
 RUNS_NAMED = 8  # more are told apart by size only
 DIAGNOSTICS = {
     "embedding_std": ("Standard deviation of the targets", "mean per-dimension std of the normalised targets",
@@ -25,6 +26,8 @@ DIAGNOSTICS = {
                       "Near 1, all targets point the same way, and predicting them is worth nothing."),
     "copy_win": ("Predictions nearer to the present patch than to the next", "share of the positions",
                  "Near 1, the network copies what it sees; it should fall well below."),
+    "features_effective_rank": ("Effective rank of the features", "exp(entropy of the singular values)",
+                                "How many directions the validation images' features use; the more the better."),
 }  # fmt: skip
 
 
@@ -146,11 +149,13 @@ def _curves(
         size=size, tooltip=[*run_tooltip(), _tip(field, axis, ".4~g")]
     )  # fmt: skip
     layers = [base.mark_line().add_params(pick), points.add_params(hover)]
-    if references := list(references):
-        marks = alt.Chart(alt.Data(values=references)).encode(y=alt.Y("value:Q"))
+    # named at opposite ends, since they may be near each other
+    ends: tuple[tuple[Any, Any], ...] = ((0, "left"), ("width", "right"))
+    for reference, (end, align) in zip(references, ends, strict=False):
+        mark = alt.Chart(alt.Data(values=[reference])).encode(y=alt.Y("value:Q"))
         layers += [
-            marks.mark_rule(strokeDash=[5, 4]).encode(tooltip=["name:N", "value:Q"]),
-            marks.mark_text(align="left", baseline="bottom", dx=4, dy=-2).encode(x=alt.value(0), text="name:N"),
+            mark.mark_rule(strokeDash=[5, 4]),
+            mark.mark_text(align=align, baseline="bottom", dy=-2).encode(x=alt.value(end), text="name:N"),
         ]
     positive = all(row[field] > 0 for row in rows if field in row)
     return Figure(name, title, caption, alt.layer(*layers), log="xy" if positive else "x", over=True)
@@ -175,7 +180,7 @@ def frontier_rows(metric: Metric, runs: Sequence[ReportedRun], series: Series) -
         if row[metric.name] < best:
             best = row[metric.name]
             found.append(row)
-    kept = thinned(range(len(found)), LEAST)
+    kept = thinned(range(len(found)), EDGE)
     return [
         {key: rounded(value) if isinstance(value, float) else value for key, value in found[at].items()} for at in kept
     ]
@@ -193,7 +198,7 @@ def frontier_figure(metric: Metric, series: Series) -> Figure:
     chart = alt.layer(
         curves.mark_line(opacity=0.35, strokeWidth=1.2).encode(x=x, y=y, detail="run:N", color=series.colour()),
         edge.mark_line(interpolate="step-after", strokeWidth=2),
-        edge.mark_point(filled=True, size=50, opacity=1).encode(color=series.colour(), tooltip=tooltip),
+        edge.mark_point(filled=True, size=30, opacity=1).encode(color=series.colour(), tooltip=tooltip),
     )
     return Figure(
         f"frontier_{metric.name}", f"Frontier: {metric.title} for the compute spent",

@@ -21,6 +21,7 @@ from nepa_scale.training.run_folder import read_json_lines
 
 Row = dict[str, Any]
 
+COLLAPSED_COSINE, COLLAPSED_RANK = 0.95, 2.0
 _MARKS = ("config.yaml", "metrics.jsonl", LOG)  # a folder that holds one of them is a run, or was to become one
 _ENDED_BADLY = re.compile(r"^(error\b|[\w.]*(Error|Exception|Interrupt)\b|Killed|Segmentation fault)", re.IGNORECASE)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
@@ -63,6 +64,16 @@ class ReportedRun:
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def collapse(run: ReportedRun) -> str:
+    """Why the run's targets are taken for collapsed; empty where they are not."""
+    cosine, rank = run.last("target_cosine"), run.last("effective_rank")
+    if cosine is not None and cosine > COLLAPSED_COSINE:
+        return f"different targets have a cosine of {cosine:.3f}"
+    if rank is not None and rank < COLLAPSED_RANK:
+        return f"the targets' effective rank is {rank:.2f}"
+    return ""
 
 
 def read_reported_runs(paths: Sequence[Path]) -> list[ReportedRun]:

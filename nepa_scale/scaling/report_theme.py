@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def save(spec: dict[str, Any], stem: Path) -> list[Path]:
     return [png, svg]
 
 
+@functools.cache
 def javascript() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that needs no network and ends no `<script>` early."""
     bundle = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE))
