@@ -106,7 +106,7 @@ def make_report(runs: list[ReportedRun], title: str, progress: Progress, bootstr
 
 _LAWS = (
     "L(N, D) = E + A / N^α + B / D^β, fitted to the last values of the runs that finished and did not collapse; "
-    "below each number its 90% bootstrap interval. N: parameters, D: images seen, C: training FLOPs."
+    "in small print their 90% bootstrap intervals. N: parameters, D: images seen, C: training FLOPs."
 )
 _COLLAPSE = (
     f"A run counts as collapsed where its last targets have a mean cosine above {COLLAPSED_COSINE}, or an effective "

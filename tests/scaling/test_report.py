@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from nepa_scale.config import ConfigError
+from nepa_scale.profiling.arguments import run
 from nepa_scale.scaling.report import make_report, write_report
 from nepa_scale.scaling.report_runs import read_reported_runs
 from tests.launch import REPOSITORY, TINY, run_training, write_shards
@@ -187,6 +188,12 @@ def test_a_browser_shows_it(written: Written, tmp_path: Path) -> None:
             assert min(pixels) > 1000
             paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
             assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 25, 30)"}[scheme]
+            # a mark that no colour was given to is drawn in the ink of the theme
+            marks = browser.evaluate("views.get(document.getElementById('curve_knn_error')).view.toSVG()")
+            ink, other = {"light": ("#1f2328", "#e6e8eb"), "dark": ("#e6e8eb", "#1f2328")}[scheme]
+            assert re.search(rf"<text[^>]*fill=.{ink}.[^>]*>raw pixels</text>", marks)
+            assert other not in marks
+            assert "black" not in marks
             assert browser.requests == [written.page.resolve().as_uri()]
         # the reader's choices
         browser.evaluate(again)
@@ -209,8 +216,8 @@ def test_a_browser_shows_it(written: Written, tmp_path: Path) -> None:
 
 
 def test_one_run_is_enough(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "alone", 32, 2, 40, epochs=0.4, knn=False)
-    made = make_report(read_reported_runs([run]), "Alone", lambda *_: None, bootstrap=0)
+    folder = write_run(tmp_path / "alone", 32, 2, 40, epochs=0.4, knn=False)
+    made = make_report(read_reported_runs([folder]), "Alone", lambda *_: None, bootstrap=0)
     facts = write_report(made, tmp_path / "alone.html", lambda *_: None)
     assert facts["runs"][0]["status"] == "finished"
     assert "of 2 more sizes" in facts["laws"]["one_plus_loss"]["parametric_refusal"]
@@ -219,8 +226,8 @@ def test_one_run_is_enough(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_row_yet(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "young", 32, 2, 40)
-    (run / "metrics.jsonl").write_text("")
+    folder = write_run(tmp_path / "young", 32, 2, 40)
+    (folder / "metrics.jsonl").write_text("")
     made = make_report(read_reported_runs([tmp_path]), "Young", lambda *_: None)
     facts = write_report(made, tmp_path / "young.html", lambda *_: None)
     assert facts["runs"][0]["status"] == "unfinished"
@@ -235,29 +242,35 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
     assert sorted(names) == ["a/run", "b/run", "other"]
 
 
-def test_what_is_wrong_is_one_clear_line(tmp_path: Path) -> None:
+def test_what_is_wrong_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    run = write_run(tmp_path / "run", 32, 2, 4, knn=False)
-    done = report(tmp_path / "empty")
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'empty'} is not a run folder, and holds none: no config.yaml or " \
-        "metrics.jsonl is there\n"  # fmt: skip
-    with pytest.raises(ConfigError, match="is not a folder"):
-        read_reported_runs([tmp_path / "file"])
-    made = make_report(read_reported_runs([run]), "", lambda *_: None, bootstrap=0)
-    with pytest.raises(ConfigError, match=r"cannot write .*page\.html: .*choose another with --output"):
-        write_report(made, tmp_path / "file" / "page.html", lambda *_: None)
+    sound = write_run(tmp_path / "run", 32, 2, 4, knn=False)
+    cases = [
+        ([tmp_path / "empty"], "is not a run folder, and holds none"),
+        ([tmp_path / "file"], "is not a folder"),
+        ([sound, "--output", tmp_path / "file" / "page.html"], "choose another with --output"),
+        ([sound, "--output", tmp_path / "empty"], "it is a folder"),
+    ]
+    for arguments, why in cases:
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+        assert run(main) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert why in said
+        assert len(said.splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_a_real_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     shards, val = write_shards(tmp_path / "train"), write_shards(tmp_path / "val", samples=13, seed=9)
-    run = tmp_path / "run"
-    arguments = [*TINY, f"data.train={shards}", f"data.val={val}", f"output={run}", "evaluate.every=3"]
+    folder = tmp_path / "run"
+    arguments = [*TINY, f"data.train={shards}", f"data.val={val}", f"output={folder}", "evaluate.every=3"]
     done = run_training(arguments)
     assert done.returncode == 0, done.stderr
-    done = report(run, "--output", tmp_path / "page.html", "--json", "-")
+    done = report(folder, "--output", tmp_path / "page.html", "--json", "-")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     (found,) = facts["runs"]
