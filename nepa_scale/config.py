@@ -44,6 +44,8 @@ class ModelConfig:
     layer_scale: float | None = 1e-5  # null: off
     drop_path: float = 0.0
     init_std: float = 0.02
+    base_width: int | None = None  # initialisation and learning rates are those for this width, transferred by muP
+    base_depth: int | None = None  # and for this depth; null: the same for all sizes
 
 
 @dataclass
@@ -162,7 +164,7 @@ class EvaluateConfig:
 
     every: int = 5000  # steps; 0: only before and after
     bank: int = 50_000  # training samples, evenly spread, among which neighbours are sought
-    probe: bool = False  # pretraining: a linear probe of the last block as well
+    probe: bool = False  # pretraining: also a linear probe of the last block, and how well predictions tell pixels
     batch_size: int = 64  # per rank
     crop_share: float = 0.875  # of the resized image's shorter side that the centre crop takes
     squash: bool = False  # resize without keeping the aspect: the whole image is then the middle
@@ -214,6 +216,8 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "objective.mask_ratio": (0.0, 0.99),
     "model.patch_size": (1, 1024),
     "model.rope_rescale": (1.0, 100.0),
+    "model.base_width": (1, float("inf")),
+    "model.base_depth": (1, float("inf")),
     "model.drop_path": (0.0, 0.99),
     "finetune.layer_decay": (0.0, 1.0),
     "finetune.head_lr": (0.0, float("inf")),

@@ -111,7 +111,8 @@ def knn(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if "knn_top1" in row]
     assert all(row["features_effective_rank"] > 1 and row["evaluation_seconds"] > 0 for row in evaluations)
-    return [{key: row[key] for key in row if key.startswith(("knn", "probe"))} for row in evaluations]
+    kept = ("knn", "probe", "reference")
+    return [{key: round(row[key], 3) for key in row if key.startswith(kept)} for row in evaluations]
 
 
 BAD_INPUT = [

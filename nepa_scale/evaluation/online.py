@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from nepa_scale.data.batch import Batch, normalize
 from nepa_scale.evaluation.features import Features, collect_features
 from nepa_scale.evaluation.knn import knn_top1
 from nepa_scale.evaluation.probe import fit_linear_probe
+from nepa_scale.evaluation.reference import ReferencePrediction
 from nepa_scale.objectives import effective_rank
 from nepa_scale.sharding import Strategy, World
 
@@ -18,11 +20,18 @@ PIXELS = 32  # side to which images are reduced for the raw-pixel baseline
 SPECTRUM_ROWS = 4096  # features of which the effective rank is taken, evenly spread
 
 
-def backbone_features(strategy: Strategy) -> Callable[[Batch], Tensor]:
+Seen = Callable[[Tensor, Tensor, Tensor], None]  # told predictions, images, and which of them are not padding
+
+
+def backbone_features(strategy: Strategy, seen: Seen | None = None) -> Callable[[Batch], Tensor]:
     """Images -> the mean of their patches' outputs, float32 [B, D], by the strategy's module in eval mode."""
 
     def features(batch: Batch) -> Tensor:
-        return strategy.module(normalize(batch.images, batch.flip))["predictions"][:, 1:].float().mean(1)
+        images = normalize(batch.images, batch.flip)
+        predictions = strategy.module(images)["predictions"]
+        if seen is not None:
+            seen(predictions, images, batch.samples >= 0)
+        return predictions[:, 1:].float().mean(1)
 
     return features
 
@@ -40,7 +49,7 @@ def spectrum(features: Features) -> float:
 
 
 class FeatureEvaluation:
-    """Weighted kNN (k 20, temperature 0.07), effective rank and, if asked for, a linear probe.
+    """Weighted kNN (k 20, temperature 0.07) and effective rank; with `probe` a linear probe and `ReferencePrediction`.
 
     bank, queries: make one ordered pass over this rank's share of training and validation samples
     """
@@ -57,26 +66,31 @@ class FeatureEvaluation:
         self.bank, self.queries, self.classes, self.world, self.probe = bank, queries, classes, world, probe
 
     def of_strategy(self, strategy: Strategy) -> dict[str, float]:
-        """`knn_top1`, `features_effective_rank` and with a probe `probe_top1`, of its module as it is. Collective."""
+        """`knn_top1`, `features_effective_rank`; with a probe `probe_top1`, `reference_cosine`. Collective."""
         strategy.module.eval()
         try:
-            bank, queries = self._collect(backbone_features(strategy))
+            return self._measure(strategy)
         finally:
             strategy.module.train()
+
+    @torch.no_grad()
+    def _measure(self, strategy: Strategy) -> dict[str, float]:
+        world, reference = self.world, ReferencePrediction() if self.probe else None
+        seen = reference.fit_on if reference else None
+        bank = collect_features(self.bank(), backbone_features(strategy, seen), world)
+        if reference:
+            reference.solve()
+            seen = reference.evaluate_on
+        queries = collect_features(self.queries(), backbone_features(strategy, seen), world).gathered(world)
         found = {"knn_top1": self._knn(bank, queries), "features_effective_rank": spectrum(queries)}
-        if self.probe:
-            whole, device = bank.gathered(self.world), self.world.device
-            probe = fit_linear_probe(whole.values.to(device), whole.labels.to(device), self.classes)
-            found["probe_top1"] = probe.accuracy(queries.values.to(device), queries.labels.to(device))["top1"]
+        if reference:
+            found |= {"probe_top1": self._probe(bank.gathered(world), queries), "reference_cosine": reference.cosine()}
         return found
 
     def knn_of_pixels(self) -> float:
         """kNN accuracy of the images themselves, which features have to beat. Collective."""
-        return self._knn(*self._collect(pixel_features))
-
-    def _collect(self, features: Callable[[Batch], Tensor]) -> tuple[Features, Features]:
-        bank = collect_features(self.bank(), features, self.world)
-        return bank, collect_features(self.queries(), features, self.world).gathered(self.world)
+        bank = collect_features(self.bank(), pixel_features, self.world)
+        return self._knn(bank, collect_features(self.queries(), pixel_features, self.world).gathered(self.world))
 
     def _knn(self, bank: Features, queries: Features) -> float:
         """Neighbours are sought where the model is, each rank among its own part of the bank."""
@@ -90,3 +104,9 @@ class FeatureEvaluation:
             device=self.world.device,
             world=self.world,
         )
+
+    def _probe(self, bank: Features, queries: Features) -> float:
+        device = self.world.device
+        with torch.enable_grad():
+            probe = fit_linear_probe(bank.values.to(device), bank.labels.to(device), self.classes)
+        return probe.accuracy(queries.values.to(device), queries.labels.to(device))["top1"]

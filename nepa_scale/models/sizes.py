@@ -50,6 +50,8 @@ class Architecture:
     drop_path: float
     init_std: float
     mask_token: bool
+    base_width: int | None = None
+    base_depth: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -95,6 +97,8 @@ def resolve_architecture(model: ModelConfig, mask_token: bool = False) -> Archit
         drop_path=model.drop_path,
         init_std=model.init_std,
         mask_token=mask_token,
+        base_width=model.base_width,
+        base_depth=model.base_depth,
     )
     _check(architecture)
     return architecture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nepa_scale.config import Config, ConfigError
 from nepa_scale.sharding.strategy import ParameterGroup
@@ -18,12 +18,19 @@ def decays(name: str) -> bool:
     return kind not in ("bias", "attention_scale", "mlp_scale") and not owner.endswith("norm")
 
 
-def pretraining_groups(names: Sequence[str], weight_decay: float) -> list[ParameterGroup]:
-    """Two groups, decayed and not; an empty one is left out."""
-    decayed = tuple(name for name in names if decays(name))
-    others = tuple(name for name in names if not decays(name))
-    groups = [ParameterGroup(decayed, weight_decay), ParameterGroup(others, 0.0)]
-    return [group for group in groups if group.names]
+def pretraining_groups(
+    names: Sequence[str], weight_decay: float, rate_of: Callable[[str], float] | None = None
+) -> list[ParameterGroup]:
+    """Parameters that decay and that do not, those of each learning rate together.
+
+    rate_of: factor on the learning rate of a parameter; None: 1. What weight decay takes off in a step does not depend
+        on it: AdamW multiplies the two, so that the decay is divided by it.
+    """
+    members: dict[tuple[float, float], list[str]] = {}
+    for name in sorted(names, key=decays, reverse=True):
+        factor = rate_of(name) if rate_of else 1.0
+        members.setdefault((weight_decay / factor if decays(name) else 0.0, factor), []).append(name)
+    return [ParameterGroup(tuple(some), decay, factor) for (decay, factor), some in members.items()]
 
 
 def peak_learning_rate(config: Config) -> float:

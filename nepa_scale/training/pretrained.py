@@ -16,7 +16,7 @@ from nepa_scale.training.checkpoint_format import read_index
 
 PREFIX = "backbone."
 # what may differ between pretraining and fine-tuning, as it belongs to no weight
-_FREE = {"image_size", "drop_path", "rope_rescale", "init_std", "mask_token"}
+_FREE = {"image_size", "drop_path", "rope_rescale", "init_std", "mask_token", "base_width", "base_depth"}
 
 
 def initialize_shards(shards: list[Shard], architecture: Architecture, seed: int) -> None:

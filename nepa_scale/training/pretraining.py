@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from nepa_scale.config import Config
 from nepa_scale.data.batch import Batch, normalize
 from nepa_scale.models import CausalViT, resolve_architecture
+from nepa_scale.models.transfer import rate_factor
 from nepa_scale.objectives import NextEmbedding, collapse_diagnostics, draw_rope_scale
 from nepa_scale.sharding import ParameterGroup, Shard
 from nepa_scale.training.optimization import pretraining_groups
@@ -38,7 +40,8 @@ class Pretraining:
         initialize_shards(shards, self.architecture, self.config.train.seed)
 
     def groups(self, names: Sequence[str]) -> list[ParameterGroup]:
-        return pretraining_groups(names, self.config.optimizer.weight_decay)
+        rate_of = partial(rate_factor, architecture=self.architecture)
+        return pretraining_groups(names, self.config.optimizer.weight_decay, rate_of)
 
     def inputs(self, batch: Batch, step: int) -> dict[str, Any]:
         """Keyword arguments of the module for one micro-batch of update `step`; the batch is on the device."""
