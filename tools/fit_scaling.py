@@ -1,13 +1,15 @@
 """Fits scaling laws: L(N, D) = E + A / N^alpha + B / D^beta, and IsoFLOP parabolas, with intervals.
 
 DATA is one CSV file, or run folders. N: parameters, D: samples (or tokens), each in any unit; L must be positive: of
-NEPA fit one_plus_loss, or an error rate, not the loss itself. Fits by a Huber loss on log L and by variable projection;
-reports 90% bootstrap intervals, the error of predicting the largest runs from the others, and outliers. What the data
+NEPA fit one_plus_loss, or an error rate (knn_error, probe_error, reference_error), not the loss itself. Runs that have
+not finished or have collapsed are left out, and named. Fits by a Huber loss on log L and by variable projection;
+reports 90% bootstrap intervals, the error of predicting the largest runs from the others, outliers, and how other forms
+of law do on the same data. What the data
 cannot determine is refused, with the runs to add.
 
 examples:
   python tools/fit_scaling.py points.csv --parameters params --samples tokens --loss loss --plot law.png
-  python tools/fit_scaling.py runs/sweep/* --loss one_plus_loss --json law.json
+  python tools/fit_scaling.py runs/sweeps/tiny_imagenet --loss probe_error --json law.json
 """
 
 from __future__ import annotations
@@ -22,12 +24,20 @@ import numpy as np
 
 from nepa_scale.config import ConfigError
 from nepa_scale.profiling.arguments import Parser, add_result_options, deliver, run
-from nepa_scale.scaling import IsoflopFit, NotDetermined, ParametricFit, fit_isoflop, fit_parametric, project_variables
-from nepa_scale.scaling.observations import checked
+from nepa_scale.scaling import (
+    IsoflopFit,
+    NotDetermined,
+    ParametricFit,
+    extrapolation_error,
+    fit_isoflop,
+    fit_parametric,
+    project_variables,
+)
+from nepa_scale.scaling.forms import compare_forms, compare_frontiers
+from nepa_scale.scaling.metrics import find_metric
 from nepa_scale.scaling.plots import plot_law
-from nepa_scale.scaling.runs import Columns, read_csv, read_runs
-
-HELD_OUT = 0.2  # of the runs, those with the most compute, predicted from the others
+from nepa_scale.scaling.points import Points, points_of_runs, read_csv
+from nepa_scale.scaling.recorded_runs import read_recorded_runs
 
 
 def parse() -> argparse.Namespace:
@@ -45,51 +55,42 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    columns = read(arguments)
-    law = fit_parametric(
-        columns.parameters, columns.samples, columns.loss, bootstrap=arguments.bootstrap, level=arguments.level
-    )
-    projected = project_variables(columns.parameters, columns.samples, columns.loss)
+    points = read(arguments)
+    n, d, loss = points.parameters, points.samples, points.loss
+    law = fit_parametric(n, d, loss, bootstrap=arguments.bootstrap, level=arguments.level)
+    projected = project_variables(n, d, loss)
     isoflop: IsoflopFit | None = None
     reason = None
     try:
-        isoflop = fit_isoflop(columns.parameters, columns.samples, columns.loss, flops=columns.flops, law=law)
+        isoflop = fit_isoflop(n, d, loss, flops=points.flops, law=law)
     except NotDetermined as error:
         reason = str(error)
+    flops = points.flops or (6 * np.array(n) * np.array(d)).tolist()
     facts = {
-        "runs": len(columns.loss),
+        "runs": len(loss),
+        "left_out": points.left_out,
         "parametric": dataclasses.asdict(law) | {"a": law.a, "b": law.b},
         "variable_projection": dataclasses.asdict(projected) | {"a": projected.a, "b": projected.b},
         "isoflop": dataclasses.asdict(isoflop) if isoflop else None,
         "isoflop_reason": reason,
-        "extrapolation_error": extrapolation_error(columns),
+        "extrapolation_error": extrapolation_error(n, d, loss),
+        "forms": [dataclasses.asdict(form) for form in compare_forms(n, d, loss)],
+        "frontiers": [dataclasses.asdict(form) for form in compare_frontiers(flops, loss)],
     }
     if arguments.plot:
-        n, d, loss = checked(columns.parameters, columns.samples, columns.loss)
-        plot_law(arguments.plot, n, d, loss, law, (arguments.parameters, arguments.samples, arguments.loss))
+        names = (arguments.parameters, arguments.samples, arguments.loss)
+        plot_law(arguments.plot, np.array(n), np.array(d), np.array(loss), law, names)
     deliver(facts, describe(facts, law, isoflop), arguments.json)
     return 0
 
 
-def read(arguments: argparse.Namespace) -> Columns:
+def read(arguments: argparse.Namespace) -> Points:
     if all(path.is_dir() for path in arguments.data):
-        return read_runs(arguments.data, arguments.loss)
+        runs = read_recorded_runs(arguments.data)
+        return points_of_runs(runs, find_metric(arguments.loss, runs))
     if len(arguments.data) > 1:
         raise ConfigError("give one CSV file, or run folders only")
     return read_csv(arguments.data[0], arguments.parameters, arguments.samples, arguments.loss, arguments.flops)
-
-
-def extrapolation_error(columns: Columns) -> float | None:
-    """Median relative error of the runs with the most compute, predicted from the others; None if these are too few."""
-    n, d, loss = checked(columns.parameters, columns.samples, columns.loss)
-    order = np.argsort(n * d)
-    kept = order[: len(order) - max(1, round(HELD_OUT * len(order)))]
-    held = order[len(kept) :]
-    try:
-        law = fit_parametric(n[kept], d[kept], loss[kept], bootstrap=0)
-    except NotDetermined:
-        return None
-    return float(np.median(np.abs(law.predict(n[held], d[held]) / loss[held] - 1)))
 
 
 def describe(facts: dict[str, Any], law: ParametricFit, isoflop: IsoflopFit | None) -> str:
@@ -112,7 +113,14 @@ def describe(facts: dict[str, Any], law: ParametricFit, isoflop: IsoflopFit | No
     else:
         bias = "" if isoflop.bias is None else f"; on this grid the method is off by {isoflop.bias:+.4f}"
         lines.append(f"IsoFLOP: N* ~ C^{isoflop.exponent:.4f} from {len(isoflop.budgets)} budgets{bias}")
-    return "\n".join(lines)
+    for title, key in (("forms of N and D", "forms"), ("forms of compute, on the frontier", "frontiers")):
+        if facts[key]:
+            lines += ["", f"{title:<36}{'AICc above the best':>20}{'residuals':>12}{'largest fifth':>15}"]
+        for form in facts[key]:
+            told = "" if form["extrapolation_error"] is None else f"{form['extrapolation_error']:.2%}"
+            lines.append(f"  {form['formula']:<34}{form['aicc']:>20.1f}{form['residual_std']:>12.2%}{told:>15}")
+    lines += ["", *(f"left out: {name}: {why}" for name, why in facts["left_out"].items())]
+    return "\n".join(lines).rstrip()
 
 
 if __name__ == "__main__":

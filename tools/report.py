@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from nepa_scale.profiling.arguments import Parser, deliver, run
+from nepa_scale.scaling.recorded_runs import read_recorded_runs
 from nepa_scale.scaling.report import Progress, figures_folder, make_report, write_report
-from nepa_scale.scaling.report_runs import read_reported_runs
 
 
 def parse() -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main() -> int:
     arguments = parse()
     with progress_bar() as progress:
         progress("reading the runs", 0.0)
-        runs = read_reported_runs(arguments.runs)
+        runs = read_recorded_runs(arguments.runs)
         title = arguments.title or f"Runs of {', '.join(path.resolve().name for path in arguments.runs[:3])}"
         report = make_report(runs, title, progress, arguments.bootstrap)
         facts = write_report(report, arguments.output, progress)

@@ -7,6 +7,7 @@ were. A run that fails is tried once more, then shown. Ctrl-C lets the runs unde
 examples:
   python tools/sweep.py configs/sweeps/demo.yaml --dry-run
   python tools/sweep.py configs/sweeps/demo.yaml --jobs 2
+  python tools/sweep.py configs/sweeps/demo.yaml --gpus 0 1 2 3
   python tools/sweep.py configs/sweeps/demo.yaml --launcher "torchrun --standalone --nproc_per_node 8"
   python tools/sweep.py configs/sweeps/demo.yaml --slurm sweep.sh
 """
@@ -25,7 +26,16 @@ from rich.live import Live
 from rich.table import Table
 
 from nepa_scale.profiling.arguments import Parser, deliver, positive, run
-from nepa_scale.scaling.sweep import PlannedRun, default_launcher, plan_runs, read_sweep, run_all, slurm_array
+from nepa_scale.scaling.sweep import (
+    PlannedRun,
+    default_launcher,
+    measured_rate,
+    plan_runs,
+    read_sweep,
+    run_all,
+    slurm_array,
+)
+from nepa_scale.training.progress import format_duration
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 QUALITY = ("loss", "one_plus_loss", "effective_rank", "knn_top1")
@@ -36,6 +46,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file")
     parser.add_argument("--dry-run", action="store_true", help="list the runs with their cost, and start none")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--gpus", nargs="+", metavar="GPU", help="one run at a time on each of these")
+    parser.add_argument(
+        "--rate", type=float, metavar="TFLOP/S", help="of a run, for its predicted time (default: as runs so far)"
+    )
     parser.add_argument("--launcher", metavar="COMMAND", help="what comes before train.py (default: this Python)")
     parser.add_argument("--slurm", type=Path, metavar="FILE", help="write a job array for sbatch, and start none")
     parser.add_argument("--json", metavar="FILE", help="write the runs as one JSON object; - for stdout")
@@ -51,15 +65,18 @@ def main() -> int:
         arguments.slurm.write_text(slurm_array(runs, launcher))
     elif not arguments.dry_run:
         try:
-            failed = go(runs, launcher, arguments.jobs)
+            slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in arguments.gpus or ()] or [{}] * arguments.jobs
+            failed = go(runs, launcher, slots)
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return EXIT_INTERRUPTED
-    deliver({"runs": [facts(one) for one in runs], "failed": failed}, describe(runs, failed), arguments.json)
+    rate = arguments.rate * 1e12 if arguments.rate else measured_rate(runs)
+    found = {"runs": [facts(one, rate) for one in runs], "failed": failed}
+    deliver(found, describe(runs, failed, rate), arguments.json)
     return EXIT_FAILURE if failed else 0
 
 
-def go(runs: list[PlannedRun], launcher: list[str], jobs: int) -> dict[str, str]:
+def go(runs: list[PlannedRun], launcher: list[str], slots: list[dict[str, str]]) -> dict[str, str]:
     """Runs them under a live table on a terminal, with a line now and then elsewhere."""
     console, began, said = Console(stderr=True), time.monotonic(), 0.0
     before = sum(one.flops for one in runs if one.finished())
@@ -79,10 +96,10 @@ def go(runs: list[PlannedRun], launcher: list[str], jobs: int) -> dict[str, str]
                 said = time.monotonic()
                 print(line, file=sys.stderr)
 
-        return run_all(runs, launcher, jobs, report)
+        return run_all(runs, launcher, slots, report)
 
 
-def facts(one: PlannedRun) -> dict[str, Any]:
+def facts(one: PlannedRun, rate: float | None) -> dict[str, Any]:
     row = one.last_row()
     return {
         "name": one.name,
@@ -91,28 +108,32 @@ def facts(one: PlannedRun) -> dict[str, Any]:
         "steps": one.steps,
         "samples": one.samples,
         "flops": one.flops,
+        "predicted_hours": one.flops / rate / 3600 if rate else None,
         "finished": one.finished(),
         **{key: row[key] for key in QUALITY if key in row},
     }
 
 
-def table(runs: list[PlannedRun], active: set[str], title: str) -> Table:
+def table(runs: list[PlannedRun], active: set[str], title: str, rate: float | None = None) -> Table:
     shown = Table(title=title)
-    for heading in ("run", "parameters", "images", "FLOPs", "state", *QUALITY):
+    for heading in ("run", "parameters", "images", "FLOPs", "time", "state", *QUALITY):
         shown.add_column(heading, justify="left" if heading in ("run", "state") else "right")
     for one in runs:
         row = one.last_row()
         state = "finished" if one.finished() else f"step {row.get('step', 0)}" if one.name in active else ""
         quality = [f"{row[key]:.4g}" if isinstance(row.get(key), float) else "" for key in QUALITY]
-        shown.add_row(one.name, f"{one.parameters:,}", f"{one.samples:,}", f"{one.flops:.2g}", state, *quality)
+        time_needed = format_duration(one.flops / rate) if rate else ""
+        figures = (f"{one.parameters:,}", f"{one.samples:,}", f"{one.flops:.2g}", time_needed)
+        shown.add_row(one.name, *figures, state, *quality)
     return shown
 
 
-def describe(runs: list[PlannedRun], failed: dict[str, str]) -> str:
+def describe(runs: list[PlannedRun], failed: dict[str, str], rate: float | None) -> str:
     console = Console(width=130)
     total = sum(one.flops for one in runs)
+    cost = f", {total / rate / 3600:.2g} hours of one run's devices" if rate else ""
     with console.capture() as text:
-        console.print(table(runs, set(), f"{len(runs)} runs, {total:.3g} FLOPs"))
+        console.print(table(runs, set(), f"{len(runs)} runs, {total:.3g} FLOPs{cost}", rate))
     return text.get() + "".join(f"failed: {name}: {why}\n" for name, why in failed.items())
 
 

@@ -14,9 +14,8 @@ from itertools import product
 import numpy as np
 from scipy.optimize import least_squares
 
-from nepa_scale.scaling.observations import Numbers, Values, checked
+from nepa_scale.scaling.observations import HELD_OUT, Numbers, Values, checked
 
-HELD_OUT = 0.2  # of the runs, those with the most compute, predicted from the others
 _EXPONENTS = (0.05, 0.2, 0.5, 1.0)  # starts
 _FLOORS = (0.1, 0.5, 0.9)  # starts: of the lowest value
 _BOUND = 60.0  # of the logarithm of a factor, in units of the geometric means

@@ -11,6 +11,7 @@ from nepa_scale.config import ConfigError
 
 Numbers = NDArray[np.float64]
 Values = Sequence[float] | Numbers
+HELD_OUT = 0.2  # of the runs, those with the most compute, by which extrapolation is judged
 UNKNOWNS = 5  # E, A, B, alpha, beta
 LEVELS = 3  # different values of N, and of D, without which an exponent cannot be told from its coefficient
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-from nepa_scale.scaling.observations import UNKNOWNS, Numbers, Values, checked, require_determined
+from nepa_scale.scaling.observations import (
+    HELD_OUT,
+    UNKNOWNS,
+    NotDetermined,
+    Numbers,
+    Values,
+    checked,
+    require_determined,
+)
 
 NAMES = ("E", "A", "B", "alpha", "beta")
 DELTA = 1e-3  # of the Huber loss, in log L
@@ -93,6 +101,23 @@ def fit_parametric(
             low, high = np.quantile([getattr(one, name) for one in drawn], [(1 - level) / 2, (1 + level) / 2])
             intervals[name] = (float(low), float(high))
     return dataclasses.replace(fit, level=level, intervals=intervals, outliers=outliers)
+
+
+def extrapolation_error(parameters: Values, samples: Values, loss: Values) -> float | None:
+    """Median relative error of the fifth of the runs with the most compute (N D), predicted from the others.
+
+    None where the others do not determine the law.
+    Raises:
+        ConfigError: a number is not positive.
+    """
+    n, d, y = checked(parameters, samples, loss)
+    order = np.argsort(n * d, kind="stable")
+    kept, held = np.split(order, [len(order) - max(1, round(HELD_OUT * len(order)))])
+    try:
+        law = fit_parametric(n[kept], d[kept], y[kept], bootstrap=0)
+    except NotDetermined:
+        return None
+    return float(np.median(np.abs(law.predict(n[held], d[held]) / y[held] - 1)))
 
 
 def _resamplings(

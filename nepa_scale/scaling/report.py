@@ -12,6 +12,8 @@ from typing import Any
 
 from nepa_scale.config import ConfigError
 from nepa_scale.scaling import report_tables as tables
+from nepa_scale.scaling.metrics import Metric, logged_metrics
+from nepa_scale.scaling.recorded_runs import COLLAPSED_COSINE, COLLAPSED_RANK, RecordedRun, Row, collapse
 from nepa_scale.scaling.report_figures import (
     Figure,
     Series,
@@ -25,9 +27,8 @@ from nepa_scale.scaling.report_figures import (
     frontier_rows,
 )
 from nepa_scale.scaling.report_law_figures import law_figures
-from nepa_scale.scaling.report_laws import Metric, MetricLaw, fit_metric, logged_metrics
+from nepa_scale.scaling.report_laws import MetricLaw, fit_metric
 from nepa_scale.scaling.report_page import Section, data_names, render
-from nepa_scale.scaling.report_runs import COLLAPSED_COSINE, COLLAPSED_RANK, ReportedRun, Row, collapse
 from nepa_scale.scaling.report_theme import save, standalone
 
 Progress = Callable[[str, float], None]  # told what is being done, and the share that is done
@@ -41,7 +42,7 @@ class Report:
     """
 
     title: str
-    runs: list[ReportedRun]
+    runs: list[RecordedRun]
     laws: list[MetricLaw]
     collapsed: dict[str, str]
     sections: list[Section]
@@ -66,7 +67,7 @@ class Report:
         }
 
 
-def make_report(runs: list[ReportedRun], title: str, progress: Progress, bootstrap: int = 200) -> Report:
+def make_report(runs: list[RecordedRun], title: str, progress: Progress, bootstrap: int = 200) -> Report:
     """Fits the laws, and lays out what the runs have to show.
 
     bootstrap: resamplings for the laws' intervals; 0: none
@@ -90,12 +91,14 @@ def make_report(runs: list[ReportedRun], title: str, progress: Progress, bootstr
         data |= read
 
     troubles, bad = tables.trouble_table(runs), tables.collapse_table(collapsed) if collapsed else None
+    forms = tables.form_table(laws)
     where, how = tables.environment_table(runs), tables.commands(runs)
     sections = [
         Section("runs", "Runs", table=tables.run_table(runs, metrics, collapsed)),
         Section("curves", "Quality over training", figures=curve_figures(metrics, curves, series, baselines(runs))),
         Section("frontier", "Frontier of the training curves", figures=[frontier_figure(m, series) for m in frontiers]),
         Section("laws", "Scaling laws", _LAWS, tables.law_table(laws) if laws else None, drawn),
+        *([Section("forms", "Other forms of law", _FORMS, forms)] if forms else []),
         Section("cost", "FLOPs, memory and throughput", figures=cost_figures(costs, series)),
         Section("collapse", "Collapse diagnostics", _COLLAPSE, bad, diagnostic_figures(curves, series)),
         Section("failures", "Failures", "" if troubles else _NO_TROUBLES, troubles),
@@ -105,8 +108,13 @@ def make_report(runs: list[ReportedRun], title: str, progress: Progress, bootstr
 
 
 _LAWS = (
-    "L(N, D) = E + A / N^α + B / D^β, fitted to the last values of the runs that finished and did not collapse; "
+    "L(N, D) = E + A / N^α + B / D^β, fitted to the final values of the runs that finished and did not collapse; "
     "in small print their 90% bootstrap intervals. N: parameters, D: images seen, C: training FLOPs."
+)
+_FORMS = (
+    "Those of N and D are fitted to all runs, those of C to the frontier: runs that no cheaper one beats. AICc weighs "
+    "fit against the number of free numbers, within a metric and kind; below 4 two forms are as good as each other. "
+    "The error is of the fifth of the runs with the most compute, predicted from the others."
 )
 _COLLAPSE = (
     f"A run counts as collapsed where its last targets have a mean cosine above {COLLAPSED_COSINE}, or an effective "
@@ -115,7 +123,7 @@ _COLLAPSE = (
 _NO_TROUBLES = "Every run finished, and none skipped a step or a sample."
 
 
-def _several_have(metric: Metric, runs: Sequence[ReportedRun]) -> bool:
+def _several_have(metric: Metric, runs: Sequence[RecordedRun]) -> bool:
     """Of one run the frontier is its own curve."""
     return sum(bool(run.values(metric.key)) for run in runs) > 1
 
@@ -160,7 +168,7 @@ def _require_writable(output: Path, folder: Path) -> None:
         raise ConfigError(f"cannot write {output}: {error.strerror}; choose another with --output") from error
 
 
-def _summary(runs: Sequence[ReportedRun]) -> str:
+def _summary(runs: Sequence[RecordedRun]) -> str:
     count = Counter(run.status for run in runs)
     states = ", ".join(f"{count[status]} {status}" for status in ("finished", "unfinished", "failed") if count[status])
     flops = sum(run.last("flops_seen") or 0.0 for run in runs)
@@ -170,7 +178,7 @@ def _summary(runs: Sequence[ReportedRun]) -> str:
     )
 
 
-def _run_facts(run: ReportedRun) -> dict[str, Any]:
+def _run_facts(run: RecordedRun) -> dict[str, Any]:
     memory = run.values("peak_memory_bytes")
     return {
         "name": run.name,
@@ -183,11 +191,7 @@ def _run_facts(run: ReportedRun) -> dict[str, Any]:
         "samples_seen": run.last("samples_seen"),
         "flops_seen": run.last("flops_seen"),
         "peak_memory_bytes": max(memory) if memory else None,
-        "final": {
-            metric.name: metric.of(value)
-            for metric in logged_metrics([run])
-            if (value := run.last(metric.key)) is not None
-        },
+        "final": {metric.name: value for metric in logged_metrics([run]) if (value := metric.final(run)) is not None},
         "skipped_steps": run.skipped_steps,
         "bad_samples": run.bad_samples,
         "provenance": run.provenance,

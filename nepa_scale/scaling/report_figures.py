@@ -10,8 +10,8 @@ from typing import Any
 
 import altair as alt
 
+from nepa_scale.scaling.recorded_runs import RecordedRun, Row, is_number
 from nepa_scale.scaling.report_laws import Metric
-from nepa_scale.scaling.report_runs import ReportedRun, Row, is_number
 
 POINTS = 3000  # of all runs' curves together
 MOST, LEAST = 200, 30  # of one run's curve
@@ -52,13 +52,13 @@ class Figure:
 class Series:
     """What a colour means: a run, or a model size where there are many runs."""
 
-    def __init__(self, runs: Sequence[ReportedRun]) -> None:
+    def __init__(self, runs: Sequence[RecordedRun]) -> None:
         self.by_run = len(runs) <= RUNS_NAMED
         self.title = "run" if self.by_run else "model"
         # smallest first, as the runs are
         self.names = list(dict.fromkeys(self.of(run) for run in runs if run.rows and self.of(run)))
 
-    def of(self, run: ReportedRun) -> str:
+    def of(self, run: RecordedRun) -> str:
         return run.name if self.by_run else run.size
 
     def colour(self) -> alt.Color:
@@ -71,7 +71,7 @@ def rounded(value: float | None) -> float | None:
     return value if value is None or isinstance(value, int) else float(f"{value:.5g}")
 
 
-def curve_rows(runs: Sequence[ReportedRun], metrics: Sequence[Metric], series: Series) -> list[Row]:
+def curve_rows(runs: Sequence[RecordedRun], metrics: Sequence[Metric], series: Series) -> list[Row]:
     """The data of all curves: thinned rows of the runs, with the metrics as they are shown."""
     limit = max(LEAST, min(MOST, POINTS // max(1, len(runs))))
     shown: dict[str, Callable[[float], float]] = dict.fromkeys(DIAGNOSTICS, float)
@@ -123,7 +123,7 @@ def diagnostic_figures(rows: list[Row], series: Series) -> list[Figure]:
     ]
 
 
-def baselines(runs: Sequence[ReportedRun]) -> dict[str, Any]:
+def baselines(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     """Error rates of the raw pixels and of untrained networks, by metric: medians over the runs."""
     found = []
     for key, name in (("knn_top1_untrained", "untrained network"), ("knn_top1_pixels", "raw pixels")):
@@ -161,7 +161,7 @@ def _curves(
     return Figure(name, title, caption, alt.layer(*layers), log="xy" if positive else "x", over=True)
 
 
-def frontier_rows(metric: Metric, runs: Sequence[ReportedRun], series: Series) -> list[Row]:
+def frontier_rows(metric: Metric, runs: Sequence[RecordedRun], series: Series) -> list[Row]:
     """The lowest value of any run at or below each compute: the points where it falls, thinned."""
     logged = [
         {
@@ -207,7 +207,7 @@ def frontier_figure(metric: Metric, series: Series) -> Figure:
     )  # fmt: skip
 
 
-def cost_rows(runs: Sequence[ReportedRun], series: Series) -> list[Row]:
+def cost_rows(runs: Sequence[RecordedRun], series: Series) -> list[Row]:
     """What a run costs, one row a run."""
     rows = []
     for run in runs:

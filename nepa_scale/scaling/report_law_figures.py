@@ -8,6 +8,7 @@ import altair as alt
 import numpy as np
 
 from nepa_scale.scaling.observations import Numbers
+from nepa_scale.scaling.recorded_runs import Row
 from nepa_scale.scaling.report_figures import (
     COUNT_AXIS,
     FLOPS_AXIS,
@@ -20,7 +21,6 @@ from nepa_scale.scaling.report_figures import (
 )
 from nepa_scale.scaling.report_isoflop import parabolas
 from nepa_scale.scaling.report_laws import MetricLaw
-from nepa_scale.scaling.report_runs import Row
 
 Data = dict[str, list[Row]]
 _FINE = 60  # points of a drawn curve
@@ -43,13 +43,15 @@ def _law(found: MetricLaw) -> tuple[Figure, Data] | None:
     law, name = found.law, found.metric.name
     if law is None:
         return None
-    sizes = dict(sorted({run.parameters or 0: run.size for run in found.runs}.items()))
-    predicted = law.predict(np.array(found.parameters), np.array(found.samples))
+    sizes = dict(sorted({run.parameters or 0: run.size for run in found.points.runs}.items()))
+    predicted = law.predict(np.array(found.points.parameters), np.array(found.points.samples))
     points = [
         {"run": run.name, "size": run.size, "samples_seen": d, "measured": rounded(loss), "law": rounded(float(value))}
-        for run, d, loss, value in zip(found.runs, found.samples, found.loss, predicted, strict=True)
+        for run, d, loss, value in zip(
+            found.points.runs, found.points.samples, found.points.loss, predicted, strict=True
+        )
     ]
-    span = np.geomspace(min(found.samples), max(found.samples), _FINE)
+    span = np.geomspace(min(found.points.samples), max(found.points.samples), _FINE)
     chosen = np.unique(np.linspace(0, len(sizes) - 1, _SIZES).round().astype(int))
     lines = [
         {"size": sizes[n], "samples_seen": rounded(float(d)), "law": rounded(float(value))}
@@ -80,17 +82,19 @@ def _parabolas(found: MetricLaw) -> tuple[Figure, Data] | None:
     name, title, budgets = found.metric.name, found.metric.title, found.isoflop.budgets
     points, lines, vertices = [], [], []
     for budget, parabola in zip(
-        budgets, parabolas(found.isoflop, found.parameters, found.loss, found.flops), strict=True
+        budgets,
+        parabolas(found.isoflop, found.points.parameters, found.points.loss, found.points.flops or []),
+        strict=True,
     ):
         label = _flops(budget.flops)
-        n = [found.parameters[row] for row in parabola.rows]
+        n = [found.points.parameters[row] for row in parabola.rows]
         lines += [
             {"budget": label, "parameters": rounded(float(at)), "value": rounded(float(parabola.curve(np.log(at))))}
             for at in np.geomspace(min(n), max(n), _FINE)
         ]
         points += [
-            {"budget": label, "run": found.runs[row].name, "parameters": found.runs[row].parameters,
-             "value": rounded(found.loss[row])} for row in parabola.rows
+            {"budget": label, "run": found.points.runs[row].name, "parameters": found.points.runs[row].parameters,
+             "value": rounded(found.points.loss[row])} for row in parabola.rows
         ]  # fmt: skip
         vertices.append({"budget": label, "parameters": rounded(budget.optimum), "value": rounded(budget.loss)})
     labels = [_flops(budget.flops) for budget in budgets]
@@ -171,7 +175,12 @@ def _size_laws(found: MetricLaw, flops: Numbers) -> dict[str, Numbers]:
     laws = {"IsoFLOP": found.isoflop.coefficient * flops**found.isoflop.exponent}
     if found.law is not None:
         # the law needs the FLOPs of a parameter and image: the runs' own, since 6 N D takes an image for one token
-        each = float(np.median(np.array(found.flops) / (np.array(found.parameters) * np.array(found.samples))))
+        each = float(
+            np.median(
+                np.array(found.points.flops or [])
+                / (np.array(found.points.parameters) * np.array(found.points.samples))
+            )
+        )
         laws["fitted law"] = np.array([found.law.optimum(one / each)[0] for one in flops])
     return laws
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nepa_scale.scaling.recorded_runs import RecordedRun
 from nepa_scale.scaling.report_laws import Metric, MetricLaw
 from nepa_scale.scaling.report_page import Cell, Commands, Table
-from nepa_scale.scaling.report_runs import ReportedRun
 
 _LAW = {"E": "E", "A": "A", "B": "B", "alpha": "α", "beta": "β", "a": "N* ~ C^"}
 
 
-def run_table(runs: Sequence[ReportedRun], metrics: Sequence[Metric], collapsed: dict[str, str]) -> Table:
+def run_table(runs: Sequence[RecordedRun], metrics: Sequence[Metric], collapsed: dict[str, str]) -> Table:
     """What was run, with the last value of each metric."""
     head = [Cell("run"), Cell("model"), *_numbers("parameters", "images seen", "FLOPs"), Cell("status")]
     head += _numbers(*(metric.title for metric in metrics), "effective rank")
@@ -28,14 +28,13 @@ def run_table(runs: Sequence[ReportedRun], metrics: Sequence[Metric], collapsed:
             Cell(_status(run, collapsed), "collapsed" if run.name in collapsed else run.status),
         ]
         for metric in metrics:
-            value = run.last(metric.key)
-            shown = None if value is None else metric.of(value)
+            shown = metric.final(run)
             row.append(_number(shown, ".1%" if metric.name.endswith("_error") else ".4f"))
         body.append([*row, _number(run.last("effective_rank"), ".1f")])
     return Table(head, body)
 
 
-def _status(run: ReportedRun, collapsed: dict[str, str]) -> str:
+def _status(run: RecordedRun, collapsed: dict[str, str]) -> str:
     share = f", {run.share:.0%} of its steps" if run.share is not None and run.share < 1 else ""
     return f"{run.status}{share}{', collapsed' if run.name in collapsed else ''}"
 
@@ -45,7 +44,7 @@ def law_table(laws: Sequence[MetricLaw]) -> Table:
     head = [Cell("metric"), *_numbers("runs", *_LAW.values(), "residual of log"), Cell("IsoFLOP")]
     body = []
     for found in laws:
-        row = [Cell(found.metric.title), Cell(str(len(found.runs)), "number")]
+        row = [Cell(found.metric.title), Cell(str(len(found.points.runs)), "number")]
         law = found.law
         if law is None:
             row.append(Cell(f"not determined: {found.refusal}", "sentence", span=len(_LAW) + 1))
@@ -68,11 +67,30 @@ def _isoflop(found: MetricLaw) -> Cell:
     return Cell(f"N* ~ C^{fit.exponent:.3f} from {len(fit.budgets)} budgets{bias}", "sentence", between)
 
 
+def form_table(laws: Sequence[MetricLaw]) -> Table | None:
+    """How each form of law does on each metric; None where there are too few runs for any."""
+    head = [
+        Cell("metric"), Cell("law"), *_numbers("AICc above the best", "residual of log", "error of the largest fifth")
+    ]  # fmt: skip
+    body = [
+        [
+            Cell(found.metric.title),
+            Cell(form.formula),
+            Cell(f"{form.aicc:.1f}", "number"),
+            Cell(f"{form.residual_std:.2%}", "number"),
+            Cell("" if form.extrapolation_error is None else f"{form.extrapolation_error:.2%}", "number"),
+        ]
+        for found in laws
+        for form in (*found.forms, *found.frontiers)
+    ]
+    return Table(head, body) if body else None
+
+
 def collapse_table(collapsed: dict[str, str]) -> Table:
     return Table([Cell("collapsed run"), Cell("why")], [[Cell(run), Cell(why)] for run, why in collapsed.items()])
 
 
-def trouble_table(runs: Sequence[ReportedRun]) -> Table | None:
+def trouble_table(runs: Sequence[RecordedRun]) -> Table | None:
     """Runs that failed or have not finished, and those that skipped steps or samples; None where all is well."""
     body = [
         [
@@ -89,9 +107,9 @@ def trouble_table(runs: Sequence[ReportedRun]) -> Table | None:
     return Table(head, body) if body else None
 
 
-def environment_table(runs: Sequence[ReportedRun]) -> Table | None:
+def environment_table(runs: Sequence[RecordedRun]) -> Table | None:
     """One row for each machine, commit and set of versions; None where no run says."""
-    groups: dict[tuple[tuple[str, str], ...], list[ReportedRun]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[RecordedRun]] = {}
     for run in runs:
         if run.provenance:
             groups.setdefault(tuple(_environment(run).items()), []).append(run)
@@ -105,7 +123,7 @@ def environment_table(runs: Sequence[ReportedRun]) -> Table | None:
     return Table([Cell("runs"), *map(Cell, keys)], body)
 
 
-def _environment(run: ReportedRun) -> dict[str, str]:
+def _environment(run: RecordedRun) -> dict[str, str]:
     found = run.provenance
     versions = found.get("versions")
     shown = {
@@ -118,7 +136,7 @@ def _environment(run: ReportedRun) -> dict[str, str]:
     return {str(key): "unknown" if value is None else str(value) for key, value in shown.items()}
 
 
-def commands(runs: Sequence[ReportedRun]) -> list[Commands]:
+def commands(runs: Sequence[RecordedRun]) -> list[Commands]:
     """As the runs were started, with the time."""
     lines = [
         (f"{run.name} ({run.provenance.get('started', 'at an unknown time')})", str(run.provenance["command"]))

@@ -10,11 +10,13 @@ import hashlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from nepa_scale.training.run_folder import read_json_lines
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LOG = "output.txt"  # in a run's folder: what train.py printed
 ATTEMPTS = 2
-_KEYS = ("base", "output", "warmup", "sizes", "budgets", "samples", "seeds", "overrides")
+_KEYS = ("base", "output", "warmup", "sizes", "budgets", "samples", "seeds", "grid", "overrides")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class PlannedRun:
 
 @dataclass
 class Sweep:
-    """What a file in configs/sweeps says; exactly one of `budgets` (FLOPs of a run) and `samples` (images) is given."""
+    """What a file in configs/sweeps says; exactly one of `budgets` (FLOPs of a run) and `samples` (images) is given.
+
+    grid: keys of the configuration, each with the values that it takes in turn
+    """
 
     base: str
     output: str
@@ -75,6 +80,7 @@ class Sweep:
     samples: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     warmup: float = 0.05
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,6 +106,9 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigError(
             f"{path} must give one of 'budgets' (training FLOPs of a run) and 'samples' (images of a run)"
         )
+    for key, values in sweep.grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{path}: grid gives '{key}' no list of values")
     sweep.budgets = [float(budget) for budget in sweep.budgets]  # YAML reads 1e12 as a word
     return sweep
 
@@ -111,16 +120,24 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
         ConfigError: a size or override is wrong, or a budget is less than one step of a size.
     """
     runs = [
-        _plan(sweep, size, amount, seed)
+        _plan(sweep, size, amount, seed, dict(zip(sweep.grid, values, strict=True)))
         for size in sweep.sizes
         for amount in sweep.budgets or sweep.samples
         for seed in sweep.seeds
+        for values in product(*sweep.grid.values())
     ]
     return sorted(runs, key=lambda run: run.flops)
 
 
-def _plan(sweep: Sweep, size: str, amount: float, seed: int) -> PlannedRun:
-    overrides = {**sweep.overrides, **sweep.sizes[size], "train.seed": seed, "train.epochs": None, "train.steps": 1}
+def _plan(sweep: Sweep, size: str, amount: float, seed: int, varied: dict[str, Any]) -> PlannedRun:
+    overrides = {
+        **sweep.overrides,
+        **sweep.sizes[size],
+        **varied,
+        "train.seed": seed,
+        "train.epochs": None,
+        "train.steps": 1,
+    }
     config = _config(sweep, overrides)
     task = Pretraining(config)
     batch = config.train.global_batch_size
@@ -133,7 +150,8 @@ def _plan(sweep: Sweep, size: str, amount: float, seed: int) -> PlannedRun:
     identity = flatten(to_dict(_config(sweep, overrides)))
     identity.pop("output")
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{size}-{amount:.3g}-s{seed}"
+    told = [f"{key.rpartition('.')[2]}={value}" for key, value in varied.items()]
+    name = "-".join([size, f"{amount:.3g}", *told, f"s{seed}"])
     return PlannedRun(
         name, Path(sweep.output) / f"{name}-{digest}", Path(sweep.base), overrides, task.parameters, steps,
         steps * batch, steps * batch * per_image,
@@ -151,14 +169,19 @@ class Attempt:
     run: PlannedRun
     process: subprocess.Popen[bytes]
     number: int
+    slot: int
 
 
 def run_all(
-    runs: Sequence[PlannedRun], launcher: Sequence[str], jobs: int, report: Callable[[list[PlannedRun]], None]
+    runs: Sequence[PlannedRun],
+    launcher: Sequence[str],
+    slots: Sequence[dict[str, str]],
+    report: Callable[[list[PlannedRun]], None],
 ) -> dict[str, str]:
-    """Runs what is not finished, `jobs` at a time; what fails is tried once more. Returns why each failed run did.
+    """Runs what is not finished; what fails is tried once more. Returns why each failed run did.
 
     launcher: the command before train.py
+    slots: as many runs go on at a time; of each, what its run's environment has beside this program's
     report: is told once a second which runs are under way
     Raises:
         KeyboardInterrupt: after the runs under way have saved and ended; the same sweep goes on from there.
@@ -168,9 +191,10 @@ def run_all(
     failed: dict[str, str] = {}
     try:
         while waiting or active:
-            while waiting and len(active) < jobs:
+            free = sorted(set(range(len(slots))) - {attempt.slot for attempt in active})
+            for slot in free[: len(waiting)]:
                 run, number = waiting.pop(0)
-                active.append(Attempt(run, _start(run, launcher), number))
+                active.append(Attempt(run, _start(run, launcher, slots[slot]), number, slot))
             report([attempt.run for attempt in active])
             time.sleep(min(1.0, 0.2 * len(active)))
             for attempt in [one for one in active if one.process.poll() is not None]:
@@ -189,13 +213,12 @@ def run_all(
     return failed
 
 
-def _start(run: PlannedRun, launcher: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(run: PlannedRun, launcher: Sequence[str], slot: dict[str, str]) -> subprocess.Popen[bytes]:
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / LOG).open("ab") as log:
         # a group of its own: the terminal's Ctrl-C reaches the sweep, which passes it on once
-        return subprocess.Popen(
-            [*launcher, str(TRAIN), *run.arguments()], stdout=log, stderr=log, start_new_session=True, env=os.environ
-        )
+        command = [*launcher, str(TRAIN), *run.arguments()]
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=os.environ | slot)
 
 
 def _last_words(run: PlannedRun) -> str:
@@ -213,6 +236,16 @@ def slurm_array(runs: Sequence[PlannedRun], launcher: Sequence[str]) -> str:
         f"#SBATCH --array=0-{len(runs) - 1}\n#SBATCH --signal=USR1@120  # saves and ends; requeue to go on\n"
         f"#SBATCH --requeue\ncase $SLURM_ARRAY_TASK_ID in\n{cases}\nesac\n"
     )
+
+
+def measured_rate(runs: Sequence[PlannedRun]) -> float | None:
+    """FLOP/s that a run has sustained, the median of those that have steps; None before the first."""
+    rates = []
+    for run in runs:
+        row = run.last_row()
+        if row.get("images_per_second"):
+            rates.append(row["images_per_second"] * run.flops / run.samples)
+    return statistics.median(rates) if rates else None
 
 
 def default_launcher() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nepa_scale.config import Config, ModelConfig, to_dict
+from nepa_scale.config import Config, ModelConfig, TrainConfig, to_dict
 from tests.launch import REPOSITORY
 
 
@@ -51,7 +51,7 @@ def test_what_is_wrong_is_one_clear_line(points: Path, tmp_path: Path) -> None:
     cases = [
         ((points, "--parameters", "parms", *COLUMNS[2:]), "no column 'parms' (did you mean 'params'?)"),
         ((tmp_path / "bad.csv", *COLUMNS), "row 26: tokens is 'many', not a number"),
-        ((tmp_path, "--loss", "one_plus_loss"), "is not a run folder"),
+        ((tmp_path, "--loss", "one_plus_loss"), "is not a run folder, and holds none"),
     ]
     for arguments, why in cases:
         done = fit(*arguments)
@@ -68,7 +68,10 @@ def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
         for samples in (100, 400, 1600):
             folder = tmp_path / f"run_{depth}_{samples}"
             folder.mkdir()
-            config = Config(model=ModelConfig(width=48, heads=3, depth=depth, patch_size=8, image_size=32))
+            config = Config(
+                train=TrainConfig(steps=9),
+                model=ModelConfig(width=48, heads=3, depth=depth, patch_size=8, image_size=32),
+            )
             (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config) | {"provenance": {}}))
             n = 40_000 * depth
             rows = [{"step": 1, "samples_seen": 1, "flops_seen": 1.0, "one_plus_loss": 1.0},
@@ -76,8 +79,17 @@ def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
                      "one_plus_loss": 0.1 + 5 / n**0.3 + 2 / samples**0.4}]  # fmt: skip
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             folders.append(folder)
-    done = fit(*folders, "--loss", "one_plus_loss", "--bootstrap", 0, "--json", "-")
+    for name, last in (("collapsed", {"step": 9, "target_cosine": 0.99}), ("unfinished", {"step": 5})):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config) | {"provenance": {}}))
+        row = {"samples_seen": 50, "flops_seen": 1e9, "one_plus_loss": 0.1} | last
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    done = fit(tmp_path, "--loss", "one_plus_loss", "--bootstrap", 0, "--json", "-")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["runs"] == 9
+    assert facts["forms"][0]["formula"] == "E + A/N^alpha + B/D^beta"
+    assert list(facts["left_out"]) == ["collapsed", "unfinished"]
+    assert "cosine of 0.990" in facts["left_out"]["collapsed"]
     assert facts["parametric"]["beta"] == pytest.approx(0.4, rel=0.01)

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from nepa_scale.profiling.arguments import run
+from nepa_scale.scaling.recorded_runs import read_recorded_runs
 from nepa_scale.scaling.report import make_report, write_report
-from nepa_scale.scaling.report_runs import read_reported_runs
 from tests.launch import REPOSITORY, TINY, run_training, write_shards
 from tests.scaling.headless import CHROMIUM, Browser
-from tests.scaling.report_runs import BATCH, write_run, write_sweep
+from tests.scaling.recorded_runs import BATCH, write_run, write_sweep
 from tools.report import main
 
 EVIL = '<script>alert(1)</script>&"'  # as a path: a folder in a folder
@@ -122,8 +122,8 @@ def test_laws_are_fitted_to_the_sound_runs(written: Written) -> None:
     best = [row["one_plus_loss"] for row in written.facts["frontier"]["one_plus_loss"]]
     assert best == sorted(best, reverse=True)
     assert best[-1] == pytest.approx(
-        min(run["final"].get("one_plus_loss", 9) for run in written.facts["runs"]), rel=1e-4
-    )
+        min(run["final"].get("one_plus_loss", 9) for run in written.facts["runs"]), rel=0.02
+    )  # which is the mean of a run's end
 
 
 def test_no_string_of_a_run_becomes_markup(written: Written) -> None:
@@ -217,7 +217,7 @@ def test_a_browser_shows_it(written: Written, tmp_path: Path) -> None:
 
 def test_one_run_is_enough(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "alone", 32, 2, 40, epochs=0.4, knn=False)
-    made = make_report(read_reported_runs([folder]), "Alone", lambda *_: None, bootstrap=0)
+    made = make_report(read_recorded_runs([folder]), "Alone", lambda *_: None, bootstrap=0)
     facts = write_report(made, tmp_path / "alone.html", lambda *_: None)
     assert facts["runs"][0]["status"] == "finished"
     assert "of 2 more sizes" in facts["laws"]["one_plus_loss"]["parametric_refusal"]
@@ -228,7 +228,7 @@ def test_one_run_is_enough(tmp_path: Path) -> None:
 def test_a_run_without_a_row_yet(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "young", 32, 2, 40)
     (folder / "metrics.jsonl").write_text("")
-    made = make_report(read_reported_runs([tmp_path]), "Young", lambda *_: None)
+    made = make_report(read_recorded_runs([tmp_path]), "Young", lambda *_: None)
     facts = write_report(made, tmp_path / "young.html", lambda *_: None)
     assert facts["runs"][0]["status"] == "unfinished"
     assert facts["figures"] == []
@@ -238,7 +238,7 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
     for name in ("a/run", "b/run", "b/other"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "metrics.jsonl").write_text("")
-    names = [run.name for run in read_reported_runs([tmp_path / "a", tmp_path / "b", tmp_path / "a" / "run"])]
+    names = [run.name for run in read_recorded_runs([tmp_path / "a", tmp_path / "b", tmp_path / "a" / "run"])]
     assert sorted(names) == ["a/run", "b/run", "other"]
 
 

@@ -28,6 +28,7 @@ def tiny() -> dict[str, Any]:
 
 
 def write_sweep(tmp_path: Path, **changes: Any) -> Path:
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "base.yaml").write_text("{}\n")
     values: dict[str, Any] = {
         "base": str(tmp_path / "base.yaml"),
@@ -123,3 +124,22 @@ def test_an_array_for_slurm(tmp_path: Path) -> None:
     script = (tmp_path / "array.sh").read_text()
     assert "--array=0-1" in script
     assert subprocess.run(["bash", "-n", str(tmp_path / "array.sh")]).returncode == 0
+
+
+def test_a_grid_varies_any_key(tmp_path: Path) -> None:
+    grid = {"optimizer.lr": [0.001, 0.01], "model.rope": [True, False]}
+    runs = plan_runs(read_sweep(write_sweep(tmp_path, grid=grid)))
+    assert len(runs) == len({run.folder for run in runs}) == 2 * 4
+    varied = {(run.overrides["optimizer.lr"], run.overrides["model.rope"]) for run in runs}
+    assert varied == {(lr, rope) for lr in (0.001, 0.01) for rope in (True, False)}
+    assert any("rope=False-lr=0.01" in run.name for run in runs)
+    done = sweep(write_sweep(tmp_path / "again", grid={"optimizer.lr": 0.001}), "--dry-run")
+    assert done.returncode == 2
+    assert "grid gives 'optimizer.lr' no list of values" in done.stderr
+
+
+def test_a_dry_run_says_what_it_will_take(tmp_path: Path) -> None:
+    done = sweep(write_sweep(tmp_path), "--dry-run", "--rate", "0.001", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    for run in json.loads(done.stdout)["runs"]:
+        assert run["predicted_hours"] == pytest.approx(run["flops"] / 1e9 / 3600)

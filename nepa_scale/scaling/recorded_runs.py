@@ -29,7 +29,7 @@ _LINE = 400  # characters of a log's last line
 
 
 @dataclass(frozen=True)
-class ReportedRun:
+class RecordedRun:
     """One run folder.
 
     size: of the model, for people
@@ -66,7 +66,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def collapse(run: ReportedRun) -> str:
+def collapse(run: RecordedRun) -> str:
     """Why the run's targets are taken for collapsed; empty where they are not."""
     cosine, rank = run.last("target_cosine"), run.last("effective_rank")
     if cosine is not None and cosine > COLLAPSED_COSINE:
@@ -76,7 +76,7 @@ def collapse(run: ReportedRun) -> str:
     return ""
 
 
-def read_reported_runs(paths: Sequence[Path]) -> list[ReportedRun]:
+def read_recorded_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     """The runs that `paths` are, or hold directly (the output folder of a sweep), the smallest model first.
 
     Raises:
@@ -117,14 +117,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(folder: Path, name: str) -> ReportedRun:
+def _read(folder: Path, name: str) -> RecordedRun:
     config, provenance, problem = _configuration(folder)
     rows = _rows(folder, config)
     share = _share(config, rows)
     complete = share is not None and share >= 1
     failure = problem or _failure(folder) or ("" if complete else _bad_end(folder))
     status = "failed" if failure else "finished" if complete else "unfinished"
-    return ReportedRun(
+    return RecordedRun(
         name=name,
         folder=folder,
         size=_size(config.model) if config else "",
