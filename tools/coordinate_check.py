@@ -15,8 +15,8 @@ import argparse
 import dataclasses
 import sys
 
+from nepa_scale.command_line import Parser, add_result_options, deliver, positive, run
 from nepa_scale.config import ConfigError
-from nepa_scale.profiling.arguments import Parser, add_result_options, deliver, positive, run
 from nepa_scale.scaling.coordinate_check import HEAD, CoordinateCheck, coordinate_check, plot_coordinates
 
 SIZES = {"width": [64, 128, 256, 512], "depth": [2, 4, 8, 16]}

@@ -25,18 +25,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from nepa_scale.config import EXIT_USAGE, Config, ConfigError, DataConfig, config_from_dict
+from nepa_scale.config import EXIT_USAGE, ConfigError, DataConfig
 from nepa_scale.data import DataError, EvaluationStream, ShardSet, TrainStream
 from nepa_scale.data.batch import Batch
 from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.attentive_probe import AttentiveProbe
+from nepa_scale.evaluation.loading import load_any
 from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
-from nepa_scale.interop import load_official
-from nepa_scale.interop.official import CONFIG
-from nepa_scale.objectives import Classifier, NextEmbedding
+from nepa_scale.objectives import Classifier
 from nepa_scale.sharding import World, join_world, leave_world
-from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
-from nepa_scale.training.export import KINDS, load_task
+from nepa_scale.training.export import KINDS
 
 ATTENTIVE_BATCH = 256  # over all ranks, so that their number does not matter
 
@@ -83,19 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load(checkpoint: Path, weights: str | None) -> tuple[NextEmbedding | Classifier, Config | None, str]:
-    """The module, the configuration of its run, and which of its weights were taken."""
-    if (checkpoint / CONFIG).is_file():
-        return load_official(checkpoint).task, None, "official"
-    folder = locate_checkpoint(checkpoint)
-    config = config_from_dict(read_meta(folder)["config"], str(folder))
-    weights = weights or ("ema" if config.ema.decay > 0 else "raw")
-    return load_task(folder, weights), config, weights
-
-
 def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     began = time.monotonic()
-    task, config, weights = load(arguments.checkpoint, arguments.weights)
+    task, config, weights = load_any(arguments.checkpoint, arguments.weights)
     task.to(world.device)
     data = DataConfig(workers=arguments.workers, interpolation=arguments.interpolation)
     val = ShardSet.open(arguments.data, data)

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from nepa_scale.config import EXIT_USAGE, ConfigError
+from nepa_scale.evaluation.model_card import write_model_card
 from nepa_scale.interop import save_official
-from nepa_scale.interop.model_card import write_model_card
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import KINDS, export_safetensors, load_task
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from nepa_scale.command_line import Parser, add_result_options, deliver, run
 from nepa_scale.config import ConfigError
-from nepa_scale.profiling.arguments import Parser, add_result_options, deliver, run
 from nepa_scale.scaling import (
     IsoflopFit,
     NotDetermined,

@@ -20,9 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nepa_scale.models import SIZES
-from nepa_scale.profiling import count_flops
-from nepa_scale.profiling.arguments import (
+from nepa_scale.command_line import (
     Parser,
     add_model_options,
     add_result_options,
@@ -32,6 +30,8 @@ from nepa_scale.profiling.arguments import (
     positive,
     run,
 )
+from nepa_scale.models import SIZES
+from nepa_scale.profiling import count_flops
 from nepa_scale.profiling.counters import count_all
 from nepa_scale.profiling.flops import PARTS, RECOMPUTE, FlopCount
 from nepa_scale.profiling.flops_report import describe, draw, sizes_table

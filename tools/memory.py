@@ -19,8 +19,7 @@ import argparse
 import dataclasses
 import sys
 
-from nepa_scale.config import CHOICES
-from nepa_scale.profiling.arguments import (
+from nepa_scale.command_line import (
     Parser,
     add_model_options,
     add_result_options,
@@ -30,6 +29,7 @@ from nepa_scale.profiling.arguments import (
     positive,
     run,
 )
+from nepa_scale.config import CHOICES
 from nepa_scale.profiling.memory import check, predict
 from nepa_scale.profiling.memory_report import describe, draw, facts_of
 from nepa_scale.profiling.setup import Setup

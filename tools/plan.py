@@ -18,8 +18,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from nepa_scale.config import CHOICES
-from nepa_scale.profiling.arguments import (
+from nepa_scale.command_line import (
     Parser,
     add_model_options,
     add_result_options,
@@ -29,6 +28,7 @@ from nepa_scale.profiling.arguments import (
     positive,
     run,
 )
+from nepa_scale.config import CHOICES
 from nepa_scale.profiling.devices import DEVICES, find_device
 from nepa_scale.profiling.launch_scripts import command, slurm_script
 from nepa_scale.profiling.plan import IMAGENET, Assumptions, Job, plan

@@ -23,7 +23,7 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
-from nepa_scale.profiling.arguments import Parser, deliver, run
+from nepa_scale.command_line import Parser, deliver, run
 from nepa_scale.scaling.recorded_runs import read_recorded_runs
 from nepa_scale.scaling.report import Progress, figures_folder, make_report, write_report
 

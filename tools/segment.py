@@ -34,8 +34,10 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nepa_scale.config import ConfigError, config_from_dict
+from nepa_scale.command_line import Parser, add_result_options, deliver, positive, run
+from nepa_scale.config import ConfigError
 from nepa_scale.data.segmentation_folder import IGNORED, RandomCrops, Split, WholeImages
+from nepa_scale.evaluation.loading import load_any
 from nepa_scale.evaluation.offline import spread_blocks
 from nepa_scale.evaluation.segmentation import (
     DenseFeatures,
@@ -48,13 +50,8 @@ from nepa_scale.evaluation.segmentation import (
     train_head,
 )
 from nepa_scale.evaluation.segmentation_report import describe, draw
-from nepa_scale.interop import load_official
-from nepa_scale.interop.official import CONFIG
-from nepa_scale.models import CausalViT
-from nepa_scale.profiling.arguments import Parser, add_result_options, deliver, positive, run
 from nepa_scale.sharding import World, join_world, leave_world
-from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
-from nepa_scale.training.export import KINDS, load_task
+from nepa_scale.training.export import KINDS
 from nepa_scale.training.progress import format_duration
 
 PICTURES = 4
@@ -114,23 +111,14 @@ def main() -> int:
     return 0
 
 
-def load_backbone(checkpoint: Path, weights: str | None) -> tuple[CausalViT, str]:
-    """The backbone, and which of its weights were taken."""
-    if (checkpoint / CONFIG).is_file():
-        return load_official(checkpoint).task.backbone, "official"
-    folder = locate_checkpoint(checkpoint)
-    averaged = config_from_dict(read_meta(folder)["config"], str(folder)).ema.decay > 0
-    weights = weights or ("ema" if averaged else "raw")
-    return load_task(folder, weights).backbone, weights
-
-
 def segment(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     """Checks, trains, evaluates; rank 0 writes head and pictures. Returns what is reported."""
     began = time.monotonic()
     training, validation = (
         Split.open(arguments.data, name, arguments.zero_is_ignored) for name in ("training", "validation")
     )
-    backbone, weights = load_backbone(arguments.checkpoint, arguments.weights)
+    task, _, weights = load_any(arguments.checkpoint, arguments.weights)
+    backbone = task.backbone
     architecture, workers = backbone.architecture, arguments.workers
     side, patch = arguments.side or min(architecture.image_size), architecture.patch_size
     if side % patch:

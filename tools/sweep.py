@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from nepa_scale.profiling.arguments import Parser, deliver, positive, run
+from nepa_scale.command_line import Parser, deliver, positive, run
 from nepa_scale.scaling.sweep import (
     PlannedRun,
     default_launcher,

@@ -26,10 +26,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nepa_scale.command_line import Parser, deliver, positive, run
 from nepa_scale.config import Config, ConfigError, load_config
 from nepa_scale.data import ShardSet
 from nepa_scale.models import resolve_architecture
-from nepa_scale.profiling.arguments import Parser, deliver, positive, run
 from nepa_scale.profiling.data_rate import DataRate, measure_data_rate, to_facts
 from nepa_scale.profiling.throughput import Throughput, measure_throughput
 from nepa_scale.profiling.throughput_report import describe, draw

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from nepa_scale.profiling.arguments import run
+from nepa_scale.command_line import run
 from nepa_scale.scaling.recorded_runs import read_recorded_runs
 from nepa_scale.scaling.report import make_report, write_report
 from tests.launch import REPOSITORY, TINY, run_training, write_shards

@@ -1,4 +1,4 @@
-"""What the command lines of flops, memory and plan have in common: the model's options, and how results leave."""
+"""What the command lines of the tools have in common: the model's options, and how results leave."""
 
 from __future__ import annotations
 
