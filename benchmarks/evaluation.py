@@ -28,6 +28,7 @@ from nepa_scale.training.run_folder import read_json_lines
 TRAIN = Path(__file__).resolve().parents[1] / "nepa_scale" / "train.py"
 TRAINED_PER_EVALUATED = 12.8
 BATCH = 64
+MODEL = ["model.width=128", "model.depth=4", "model.heads=4", "model.patch_size=8", "model.image_size=64"]
 
 
 def share(data: Path, size: list[str]) -> dict[str, float]:
@@ -78,8 +79,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="labelled shards in train/ and val/")
     parser.add_argument("--bank", type=int, default=1_281_167, help="features among which kNN seeks")
     parser.add_argument("--json", type=Path, default=RESULTS / "evaluation.json", help="where the numbers go")
-    parser.add_argument("--set", nargs="+", metavar="section.key=value", help="of the model that is trained",
-                        default=["model.size=vit_ti", "model.patch_size=8", "model.image_size=64"])  # fmt: skip
+    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", help="of the model that is trained", default=MODEL)
     arguments = parser.parse_args()
     knn = knn_at_scale(arguments.bank, 1024, 1000)
     run = share(arguments.data, arguments.set)
