@@ -2,7 +2,7 @@
 
 SWEEP is a file such as configs/sweeps/demo.yaml. Each run is train.py, as a user would start it, in a folder named by
 what determines it: give the same command again after a stop, and finished runs are skipped, others go on where they
-were. A run that fails is tried once more, then shown. Ctrl-C lets the runs under way save and end.
+were. A run that fails is tried once more, then shown. Ctrl-C, or a TERM signal, lets the runs under way save and end.
 
 examples:
   python tools/sweep.py configs/sweeps/demo.yaml --dry-run
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,8 @@ def main() -> int:
     if arguments.slurm:
         arguments.slurm.write_text(slurm_array(runs, launcher))
     elif not arguments.dry_run:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in a shell's background, unless asked for
+            signal.signal(number, signal.default_int_handler)
         try:
             slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in arguments.gpus or ()] or [{}] * arguments.jobs
             failed = go(runs, launcher, slots)

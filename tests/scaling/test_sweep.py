@@ -78,14 +78,18 @@ def test_a_sweep_runs_and_finds_its_runs_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    """Also in the background of a shell, which has its children ignore SIGINT."""
     path = write_sweep(tmp_path, samples=[800])
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process = subprocess.Popen([*TOOL, str(path)], env=ENVIRONMENT, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, ignored)
     give_up = time.monotonic() + 120
     while not any((tmp_path / "runs").glob("*/checkpoints/step_*")):
         assert time.monotonic() < give_up
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"the same command goes on from here" in said
