@@ -131,7 +131,8 @@ def _fit(form: Form, inputs: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
 
     best = None
     for start in _starts(form, y / scale):
-        fitted = least_squares(residuals, start, bounds=(-_BOUND, _BOUND), xtol=1e-12, ftol=1e-12, gtol=1e-12)
+        with np.errstate(all="ignore"):  # scipy divides by zero where the data leave a number free
+            fitted = least_squares(residuals, start, bounds=(-_BOUND, _BOUND), xtol=1e-12, ftol=1e-12, gtol=1e-12)
         if best is None or fitted.cost < best.cost:
             best = fitted
     assert best is not None

@@ -150,9 +150,15 @@ def project_variables(parameters: Values, samples: Values, loss: Values) -> Para
         return _design(n, d, y, *exponents) @ linear - 1
 
     _, alpha, beta = min((_linear(n, d, y, a, b)[1], a, b) for a in _GRID for b in _GRID)
-    found = least_squares(
-        residuals, [alpha, beta], bounds=([EXPONENTS[0]] * 2, [EXPONENTS[1]] * 2), xtol=1e-14, ftol=1e-14, gtol=1e-14
-    )
+    with np.errstate(all="ignore"):  # scipy divides by zero where the data leave a number free
+        found = least_squares(
+            residuals,
+            [alpha, beta],
+            bounds=([EXPONENTS[0]] * 2, [EXPONENTS[1]] * 2),
+            xtol=1e-14,
+            ftol=1e-14,
+            gtol=1e-14,
+        )
     linear, _ = _linear(n, d, y, *found.x)
     return _described(np.concatenate([np.log(_unscaled(n, d, linear, *found.x) + _TINY), found.x]), n, d, y)
 
@@ -203,9 +209,10 @@ def _fit(n: Numbers, d: Numbers, y: Numbers, starts: list[Numbers]) -> Parametri
     best = None
     for start in starts:
         start = np.clip(start, [-50.0] * 3 + [EXPONENTS[0]] * 2, [200.0] * 3 + [EXPONENTS[1]] * 2)
-        found = least_squares(
-            residuals, start, jacobian, bounds, loss="huber", f_scale=DELTA, x_scale="jac", max_nfev=2000, **tight
-        )
+        with np.errstate(all="ignore"):
+            found = least_squares(
+                residuals, start, jacobian, bounds, loss="huber", f_scale=DELTA, x_scale="jac", max_nfev=2000, **tight
+            )
         if best is None or found.cost < best.cost:
             best = found
     assert best is not None
