@@ -68,6 +68,7 @@ def test_a_run_learns_at_these_rates_and_decays_at_the_same() -> None:
         assert group.weight_decay == 0 or group.weight_decay * group.lr_scale == pytest.approx(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("along", "sizes", "limit"), [("width", [64, 128, 256, 512], 0.05), ("depth", [2, 4, 8], 0.1)])
 def test_activations_keep_their_scale(along: str, sizes: list[int], limit: float) -> None:
     """Over 8 times the width: slopes of log activation against log size; without transfer they are near 1."""

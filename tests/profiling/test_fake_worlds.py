@@ -22,7 +22,7 @@ from tests.launch import REPOSITORY
         pytest.param("fsdp", 8, "none", marks=pytest.mark.slow),
         pytest.param("zero1", 64, "none", marks=pytest.mark.slow),
         pytest.param("zero2", 64, "none", marks=pytest.mark.slow),
-        ("zero3", 64, "full"),
+        pytest.param("zero3", 64, "full", marks=pytest.mark.slow),
         pytest.param("zero3", 8, "none", marks=pytest.mark.slow),
     ],
 )
