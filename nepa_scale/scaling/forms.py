@@ -18,6 +18,7 @@ from nepa_scale.scaling.observations import HELD_OUT, Numbers, Values, checked
 
 _EXPONENTS = (0.05, 0.2, 0.5, 1.0)  # starts
 _FLOORS = (0.1, 0.5, 0.9)  # starts: of the lowest value
+_EVALUATIONS = 150  # of a fit: one that needs more wanders along numbers that the data leave free
 _BOUND = 60.0  # of the logarithm of a factor, in units of the geometric means
 
 
@@ -132,7 +133,9 @@ def _fit(form: Form, inputs: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
     best = None
     for start in _starts(form, y / scale):
         with np.errstate(all="ignore"):  # scipy divides by zero where the data leave a number free
-            fitted = least_squares(residuals, start, bounds=(-_BOUND, _BOUND), xtol=1e-12, ftol=1e-12, gtol=1e-12)
+            fitted = least_squares(
+                residuals, start, bounds=(-_BOUND, _BOUND), xtol=1e-10, ftol=1e-10, gtol=1e-10, max_nfev=_EVALUATIONS
+            )
         if best is None or fitted.cost < best.cost:
             best = fitted
     assert best is not None
