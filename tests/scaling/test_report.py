@@ -169,6 +169,7 @@ def test_every_figure_lies_beside_the_page(written: Written) -> None:
         assert len(list(drawing.iter())) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 def test_a_browser_shows_it(written: Written, tmp_path: Path) -> None:
     every = "[...document.querySelectorAll('figure')].every((figure) => figure.dataset.drawn)"

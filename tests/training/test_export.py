@@ -85,7 +85,7 @@ def test_safetensors_hold_every_parameter_by_name(weights: str, kind: str, run: 
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
-@pytest.mark.parametrize("layout", ["official", "timm"])
+@pytest.mark.parametrize("layout", ["official", pytest.param("timm", marks=pytest.mark.slow)])
 def test_a_model_card_says_what_the_weights_are(layout: str, run: Path, tmp_path: Path) -> None:
     rows = [{"step": 0, "knn_top1": 0.25}, {"step": 7, "knn_top1": 0.5}, {"step": 9, "knn_top1": 0.75}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
