@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nepa_scale.config import EXIT_USAGE, ConfigError, DataConfig
-from nepa_scale.data import DataError, EvaluationStream, ShardSet, TrainStream
+from nepa_scale.data import DataError, EvaluationStream, ShardSet
 from nepa_scale.data.batch import Batch
 from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.attentive_probe import AttentiveProbe
@@ -35,8 +35,6 @@ from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, sp
 from nepa_scale.objectives import Classifier
 from nepa_scale.sharding import World, join_world, leave_world
 from nepa_scale.training.export import KINDS
-
-ATTENTIVE_BATCH = 256  # over all ranks, so that their number does not matter
 
 
 def main() -> int:
@@ -89,6 +87,10 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     val = ShardSet.open(arguments.data, data)
     facts: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "weights": weights}
 
+    def shown(batches: Iterable[Batch], title: str, count: int) -> Iterator[Batch]:
+        console = Console(stderr=True)
+        return iter(track(batches, title, count, console=console, transient=True, disable=not world.is_main))
+
     def one_pass(source: ShardSet, title: str, classes: int, limit: int | None = None) -> Iterator[Batch]:
         stream = EvaluationStream(
             source,
@@ -102,11 +104,8 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
             squash=arguments.squash,
             classes=classes,
         )
-        shown = track(
-            stream, title, len(stream), console=Console(stderr=True), transient=True, disable=not world.is_main
-        )
         try:
-            yield from shown
+            yield from shown(stream, title, len(stream))
         finally:
             stream.close()
 
@@ -132,41 +131,11 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         facts |= evaluate_features(task.backbone, bank, queries, classes, world, settings, probe=arguments.probe)
         if arguments.attentive > 0:
             probe = AttentiveProbe(task.backbone, blocks[-1], classes, world, causal=settings.causal)
-            fit_attentively(probe, train, config.data if config else data, arguments, world)
-            scores = probe.accuracy(one_pass(val, "validation tokens", classes))
+            cropped = replace(data, crop_scale=config.data.crop_scale) if config else data  # as in pretraining
+            probe.fit_on(train, cropped, arguments.attentive, lambda stream, count: shown(stream, "probing", count))
+            scores = Accuracy(lambda: one_pass(val, "validation tokens", classes), world).of_module(probe)
             facts |= {f"attentive_{name}": value for name, value in scores.items()} | {"attentive_lr": probe.lr}
     return facts | {"seconds": time.monotonic() - began}
-
-
-def fit_attentively(
-    probe: AttentiveProbe, train: ShardSet, data: DataConfig, arguments: argparse.Namespace, world: World
-) -> None:
-    """On augmented images, cropped as in the backbone's own training where that is known."""
-    if train.classes is None:
-        raise ConfigError("an attentive probe needs labels")
-    batch = min(ATTENTIVE_BATCH, 2 ** (len(train).bit_length() - 1))
-    if batch % world.size:
-        raise ConfigError(f"the attentive probe takes batches of {batch}: start a number of ranks that divides it")
-    stream = TrainStream(
-        train,
-        replace(data, workers=arguments.workers, interpolation=arguments.interpolation),
-        image_size=probe.backbone.architecture.image_size,
-        global_batch_size=batch,
-        micro_batch_size=batch // world.size,
-        seed=0,
-        rank=world.rank,
-        world_size=world.size,
-        classes=train.classes,
-    )
-    steps = arguments.attentive * stream.steps_per_epoch
-    try:
-        batches = track(
-            iter(stream), "attentive probe", steps, console=Console(stderr=True), transient=True,
-            disable=not world.is_main,
-        )  # fmt: skip
-        probe.fit(iter(batches), steps, stream.steps_per_epoch)
-    finally:
-        stream.close()
 
 
 def report(facts: dict[str, Any], json_file: str | None) -> None:

@@ -33,6 +33,7 @@ from nepa_scale.scaling import (
     fit_parametric,
     project_variables,
 )
+from nepa_scale.scaling.envelope import EnvelopeFit, fit_envelope
 from nepa_scale.scaling.forms import compare_forms, compare_frontiers
 from nepa_scale.scaling.metrics import find_metric
 from nepa_scale.scaling.plots import plot_law
@@ -65,6 +66,7 @@ def main() -> int:
         isoflop = fit_isoflop(n, d, loss, flops=points.flops, law=law)
     except NotDetermined as error:
         reason = str(error)
+    envelope, no_envelope = envelope_of(points, arguments)
     flops = points.flops or (6 * np.array(n) * np.array(d)).tolist()
     facts = {
         "runs": len(loss),
@@ -73,6 +75,8 @@ def main() -> int:
         "variable_projection": dataclasses.asdict(projected) | {"a": projected.a, "b": projected.b},
         "isoflop": dataclasses.asdict(isoflop) if isoflop else None,
         "isoflop_reason": reason,
+        "envelope": dataclasses.asdict(envelope) if envelope else None,
+        "envelope_reason": no_envelope,
         "extrapolation_error": extrapolation_error(n, d, loss),
         "forms": [dataclasses.asdict(form) for form in compare_forms(n, d, loss)],
         "frontiers": [dataclasses.asdict(form) for form in compare_frontiers(flops, loss)],
@@ -82,6 +86,17 @@ def main() -> int:
         plot_law(arguments.plot, np.array(n), np.array(d), np.array(loss), law, names)
     deliver(facts, describe(facts, law, isoflop), arguments.json)
     return 0
+
+
+def envelope_of(points: Points, arguments: argparse.Namespace) -> tuple[EnvelopeFit | None, str | None]:
+    """Of the runs' training curves, or why there is none."""
+    if not points.runs:
+        return None, "rows of a file have no training curves"
+    metric = find_metric(arguments.loss, points.runs)
+    try:
+        return fit_envelope(points.runs, metric, bootstrap=arguments.bootstrap, level=arguments.level), None
+    except NotDetermined as error:
+        return None, str(error)
 
 
 def read(arguments: argparse.Namespace) -> Points:
@@ -113,6 +128,12 @@ def describe(facts: dict[str, Any], law: ParametricFit, isoflop: IsoflopFit | No
     else:
         bias = "" if isoflop.bias is None else f"; on this grid the method is off by {isoflop.bias:+.4f}"
         lines.append(f"IsoFLOP: N* ~ C^{isoflop.exponent:.4f} from {len(isoflop.budgets)} budgets{bias}")
+    if facts["envelope"]:
+        between = facts["envelope"]["intervals"].get("a")
+        told = " ({:.3f} - {:.3f})".format(*between) if between else ""
+        lines.append(f"envelope of the training curves: N* ~ C^{facts['envelope']['a']:.4f}{told}")
+    else:
+        lines.append(f"envelope: {facts['envelope_reason']}")
     for title, key in (("forms of N and D", "forms"), ("forms of compute, on the frontier", "frontiers")):
         if facts[key]:
             lines += ["", f"{title:<36}{'AICc above the best':>20}{'residuals':>12}{'largest fifth':>15}"]

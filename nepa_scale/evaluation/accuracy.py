@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nepa_scale.data.batch import Batch, normalize
 from nepa_scale.sharding import Strategy, World
@@ -30,8 +30,8 @@ class Accuracy:
             strategy.module.train()
 
     @torch.no_grad()
-    def of_module(self, classifier: nn.Module) -> dict[str, float]:
-        """`top1` and `top5`, 0..1. Collective."""
+    def of_module(self, classifier: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, float]:
+        """`top1` and `top5`, 0..1, by the "logits" that it gives for normalised images. Collective."""
         counts = torch.zeros(3, dtype=torch.int64, device=self.world.device)  # right, among the first five, all
         for host in self.batches():
             batch = host.to_device(self.world.device)

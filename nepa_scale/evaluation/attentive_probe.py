@@ -7,7 +7,7 @@ AIM (2401.08541, section 4.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -15,15 +15,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nepa_scale.config import ConfigError, DataConfig
 from nepa_scale.counter_random import uniform
+from nepa_scale.data import ShardSet, TrainStream
 from nepa_scale.data.batch import Batch, normalize
-from nepa_scale.evaluation.accuracy import count_right
 from nepa_scale.models import CausalViT
 from nepa_scale.sharding import World
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)  # of AdamW
 WEIGHT_DECAY = 0.05
 WARMUP = 0.1  # of the steps
+BATCH = 256  # of all ranks together, so that their number does not matter
 HELD_OUT = 0.1  # of the training images, by which the learning rate is chosen
 
 
@@ -90,7 +92,7 @@ class AttentiveProbe:
         held_right = torch.zeros(len(self.heads), device=self.world.device)
         for step, host in enumerate(islice(stream, steps)):
             batch = host.to_device(self.world.device)
-            tokens = self._tokens(batch)
+            tokens = self._tokens(normalize(batch.images, batch.flip))
             held = uniform(batch.samples, "attentive probe").squeeze(1) < HELD_OUT
             logits = [head(tokens) for head in self.heads]
             self._update(optimizer, logits, batch.labels, ~held)
@@ -101,20 +103,43 @@ class AttentiveProbe:
         self.best = int(held_right.argmax())
 
     @torch.no_grad()
-    def accuracy(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """`top1` and `top5` of the best head, 0..1, over one pass over this rank's share. Collective."""
-        counts = torch.zeros(3, dtype=torch.int64, device=self.world.device)
-        for host in batches:
-            batch = host.to_device(self.world.device)
-            counts += count_right(self.heads[self.best](self._tokens(batch)), batch.labels, batch.samples >= 0)
-        dist.all_reduce(counts)
-        right, among_five, total = counts.tolist()
-        return {"top1": right / max(total, 1), "top5": among_five / max(total, 1)}
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images -> {"logits"} of the best head, as a classifier gives them."""
+        return {"logits": self.heads[self.best](self._tokens(images))}
 
     @torch.no_grad()
-    def _tokens(self, batch: Batch) -> Tensor:
-        (tokens,) = self.backbone.hidden_states(normalize(batch.images, batch.flip), [self.block], causal=self.causal)
+    def _tokens(self, images: Tensor) -> Tensor:
+        (tokens,) = self.backbone.hidden_states(images, [self.block], causal=self.causal)
         return tokens
+
+    def fit_on(
+        self, train: ShardSet, data: DataConfig, epochs: int, shown: Callable[[Iterator[Batch], int], Iterator[Batch]]
+    ) -> None:
+        """Fits to epochs of a labelled set, shuffled and augmented as `data` says. Collective.
+
+        shown: passes on the batches, of which there are so many, with progress
+        Raises:
+            ConfigError: the ranks do not divide the batch.
+        """
+        batch = min(BATCH, 2 ** (len(train).bit_length() - 1))
+        if batch % self.world.size:
+            raise ConfigError(f"the attentive probe takes batches of {batch}: start a number of ranks that divides it")
+        stream = TrainStream(
+            train,
+            data,
+            image_size=self.backbone.architecture.image_size,
+            global_batch_size=batch,
+            micro_batch_size=batch // self.world.size,
+            seed=0,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            classes=train.classes,
+        )
+        steps = epochs * stream.steps_per_epoch
+        try:
+            self.fit(shown(iter(stream), steps), steps, stream.steps_per_epoch)
+        finally:
+            stream.close()
 
     def _update(self, optimizer: torch.optim.Optimizer, logits: list[Tensor], labels: Tensor, used: Tensor) -> None:
         """One step on the mean over all ranks' used samples, the same for any number of ranks."""

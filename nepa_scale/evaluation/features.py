@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nepa_scale.data.batch import Batch
 from nepa_scale.sharding import World
+from nepa_scale.sharding.world import of_all_ranks
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,11 @@ class Features:
     def without_padding(self) -> Features:
         return self.of(self.samples >= 0)
 
-    def gathered(self, world: World) -> Features:
+    def gathered(self) -> Features:
         """Those of all ranks on every rank, without padding, in the order of the set. Collective."""
-        samples = _gather(self.samples, world)
+        samples, labels, values = (torch.cat(of_all_ranks(one)) for one in (self.samples, self.labels, self.values))
         order, rows = samples.sort(stable=True)
-        rows = rows[order >= 0]
-        return Features(_gather(self.values, world)[rows], _gather(self.labels, world)[rows], samples[rows])
+        return Features(values, labels, samples).of(rows[order >= 0])
 
 
 @torch.no_grad()
@@ -53,10 +52,3 @@ def collect_features(batches: Iterable[Batch], features: Callable[[Batch], Tenso
         labels.append(batch.labels)
         samples.append(batch.samples)
     return Features(torch.cat(values), torch.cat(labels), torch.cat(samples))
-
-
-def _gather(part: Tensor, world: World) -> Tensor:
-    """The ranks' parts [n, ...] after one another, [ranks * n, ...]."""
-    whole = part.new_empty(world.size, *part.shape)
-    dist.all_gather(list(whole.unbind()), part.contiguous())
-    return whole.flatten(0, 1)

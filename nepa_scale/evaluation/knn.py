@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nepa_scale.config import ConfigError
 from nepa_scale.sharding import World
+from nepa_scale.sharding.world import of_all_ranks
 
 # the similarities held at a time, float32: 4096 x 16384 are 256 MiB
 QUERIES_AT_ONCE = 4096
@@ -49,7 +50,7 @@ def knn_top1(
         similarities, rows = nearest(F.normalize(part.to(device).float(), dim=1), bank_features, k)
         votes = bank_labels.cpu()[rows]
         if world is not None and world.size > 1:
-            similarities, votes = _nearest_of_all(similarities, votes, k, world)
+            similarities, votes = _nearest_of_all(similarities, votes, k)
         predicted = weighted_vote(similarities, votes, classes, temperature)
         correct += int((predicted == truth.cpu()).sum())
     return correct / len(labels)
@@ -82,19 +83,13 @@ def weighted_vote(similarities: Tensor, labels: Tensor, classes: int, temperatur
     return weights.new_zeros(len(labels), classes).scatter_add_(1, labels.long(), weights).argmax(1)
 
 
-def _nearest_of_all(similarities: Tensor, labels: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
+def _nearest_of_all(similarities: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest, [M, k], among those that each rank found in its part of the bank, [M, up to k]."""
     missing = k - similarities.shape[1]  # a vote of no weight for each
     found = F.pad(similarities, (0, missing), value=-torch.inf), F.pad(labels, (0, missing))
-    (similarities, labels) = (torch.cat(_of_all_ranks(part, world), dim=1) for part in found)
+    (similarities, labels) = (torch.cat(of_all_ranks(part), dim=1) for part in found)
     similarities, kept = similarities.sort(dim=1, descending=True, stable=True)
     return similarities[:, :k], labels.gather(1, kept[:, :k])
-
-
-def _of_all_ranks(part: Tensor, world: World) -> list[Tensor]:
-    parts = [torch.empty_like(part) for _ in range(world.size)]
-    dist.all_gather(parts, part.contiguous())
-    return parts
 
 
 def _require_labels(where: str, labels: Tensor, classes: int, world: World | None) -> None:

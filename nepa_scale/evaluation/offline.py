@@ -65,7 +65,7 @@ def evaluate_features(
     """
     features = pooled_features(backbone, settings)
     bank = collect_features(train, features, world)
-    queries = collect_features(val, features, world).gathered(world)
+    queries = collect_features(val, features, world).gathered()
     width = backbone.architecture.width
     mine, last = bank.without_padding(), replace(queries, values=queries.values[:, -width:])
     found: dict[str, Any] = {
@@ -83,7 +83,7 @@ def evaluate_features(
     }
     found["effective_rank"] = spectrum(last)
     if probe:
-        found |= _probes(bank.gathered(world), queries, width, classes, world.device, settings.blocks)
+        found |= _probes(bank.gathered(), queries, width, classes, world.device, settings.blocks)
     return found
 
 

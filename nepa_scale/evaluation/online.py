@@ -81,16 +81,16 @@ class FeatureEvaluation:
         if reference:
             reference.solve()
             seen = reference.evaluate_on
-        queries = collect_features(self.queries(), backbone_features(strategy, seen), world).gathered(world)
+        queries = collect_features(self.queries(), backbone_features(strategy, seen), world).gathered()
         found = {"knn_top1": self._knn(bank, queries), "features_effective_rank": spectrum(queries)}
         if reference:
-            found |= {"probe_top1": self._probe(bank.gathered(world), queries), "reference_cosine": reference.cosine()}
+            found |= {"probe_top1": self._probe(bank.gathered(), queries), "reference_cosine": reference.cosine()}
         return found
 
     def knn_of_pixels(self) -> float:
         """kNN accuracy of the images themselves, which features have to beat. Collective."""
         bank = collect_features(self.bank(), pixel_features, self.world)
-        return self._knn(bank, collect_features(self.queries(), pixel_features, self.world).gathered(self.world))
+        return self._knn(bank, collect_features(self.queries(), pixel_features, self.world).gathered())
 
     def _knn(self, bank: Features, queries: Features) -> float:
         """Neighbours are sought where the model is, each rank among its own part of the bank."""

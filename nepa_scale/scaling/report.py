@@ -79,7 +79,7 @@ def make_report(runs: list[RecordedRun], title: str, progress: Progress, bootstr
     laws = []
     for number, metric in enumerate(sought):
         progress(f"fitting the law of {metric.title}", number / len(sought))
-        laws.append(fit_metric(metric, sound, bootstrap))
+        laws.append(fit_metric(metric, runs, bootstrap))
 
     curves, costs = curve_rows(runs, metrics, series), cost_rows(runs, series)
     frontiers = {metric: frontier_rows(metric, sound, series) for metric in sought if _several_have(metric, sound)}

@@ -10,8 +10,9 @@ from typing import Any
 
 import altair as alt
 
+from nepa_scale.scaling.forms import frontier
+from nepa_scale.scaling.metrics import Metric
 from nepa_scale.scaling.recorded_runs import RecordedRun, Row, is_number
-from nepa_scale.scaling.report_laws import Metric
 
 POINTS = 3000  # of all runs' curves together
 MOST, LEAST = 200, 30  # of one run's curve
@@ -175,14 +176,10 @@ def frontier_rows(metric: Metric, runs: Sequence[RecordedRun], series: Series) -
         for row in run.rows
         if is_number(row.get(metric.key)) and row.get("flops_seen")
     ]
-    best, found = math.inf, []
-    for row in sorted(logged, key=lambda row: row["flops_seen"]):
-        if row[metric.name] < best:
-            best = row[metric.name]
-            found.append(row)
-    kept = thinned(range(len(found)), EDGE)
+    edge = frontier([row["flops_seen"] for row in logged], [row[metric.name] for row in logged])
     return [
-        {key: rounded(value) if isinstance(value, float) else value for key, value in found[at].items()} for at in kept
+        {key: rounded(value) if isinstance(value, float) else value for key, value in logged[edge[at]].items()}
+        for at in thinned(range(len(edge)), EDGE)
     ]
 
 

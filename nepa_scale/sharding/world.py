@@ -95,6 +95,13 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, (stacked / dist.get_world_size()).tolist(), strict=True))
 
 
+def of_all_ranks(part: Tensor) -> list[Tensor]:
+    """The ranks' tensors of one shape, in the order of the ranks. Collective."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return parts
+
+
 def max_over_ranks(value: float, device: torch.device) -> float:
     """The largest of the ranks' numbers."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device)

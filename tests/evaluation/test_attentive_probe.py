@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nepa_scale.data.batch import Batch
 from nepa_scale.evaluation import attentive_probe
+from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.attentive_probe import LEARNING_RATES, AttentiveHead, AttentiveProbe
 from nepa_scale.sharding import World, join_world, leave_world
 
@@ -59,9 +60,10 @@ def world() -> Iterator[World]:
 def test_finds_the_token_that_knows(world: World) -> None:
     backbone: Any = OneTokenKnows()
     probe = AttentiveProbe(backbone, 1, CLASSES, world)
-    before = probe.accuracy(batches(10, 1))["top1"]
+    accuracy = Accuracy(lambda: batches(10, 1), world)
+    before = accuracy.of_module(probe)["top1"]
     probe.fit(batches(150, 0), 150, 50)
-    after = probe.accuracy(batches(10, 1))
+    after = accuracy.of_module(probe)
     assert before < 0.5
     assert after["top1"] > 0.9
     assert after["top5"] == 1.0  # of three classes
