@@ -54,7 +54,7 @@ def test_a_run_leaves_what_it_promises(reference: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
-        ("torchrun", ["strategy=ddp"]),
+        pytest.param("torchrun", ["strategy=ddp"], marks=pytest.mark.slow),
         ("torchrun", ["strategy=fsdp", "train.micro_batch_size=2"]),
         pytest.param("deepspeed", ["--ds_config", "ds_configs/zero1.json"], marks=pytest.mark.slow),
         pytest.param("deepspeed", ["--ds_config", "ds_configs/zero2.json"], marks=pytest.mark.slow),

@@ -348,6 +348,7 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "in" / "c").mkdir(parents=True)
     noise = picture(0, (700, 700))

@@ -68,6 +68,7 @@ def result(*arguments: object, ranks: int = 1) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_features_are_judged_alike_on_any_number_of_ranks(backbone: Path, shards: dict[str, Path]) -> None:
     arguments = (backbone, "--data", shards["val"], "--train", shards["train"], "--attentive", 2)
     alone, two = result(*arguments), result(*arguments, ranks=2)

@@ -54,6 +54,7 @@ def test_a_step_and_its_phases(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_two_ranks_wait_for_each_other_and_compare(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     compare = ["--compare", "activation_checkpointing=none,full", "--steps", "3", "--warmup", "1"]

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path: Path) -> None:
     options = ["--size", "vit_ti", "--ranks", "2", "--rounds", "1", "--folder", str(tmp_path)]
     subprocess.run(

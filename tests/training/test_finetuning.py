@@ -142,7 +142,7 @@ def alone(shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
-        ("torchrun", ["strategy=fsdp"]),
+        pytest.param("torchrun", ["strategy=fsdp"], marks=pytest.mark.slow),
         ("deepspeed", ["--ds_config", "ds_configs/zero3.json"]),
         pytest.param("deepspeed", ["--ds_config", "ds_configs/zero1.json"], marks=pytest.mark.slow),
     ],

@@ -102,6 +102,7 @@ def slowly(rank: int) -> None:
     Pretraining.inputs = slow  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run_again_that_lost_a_rank(shards: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     common = ["strategy=fsdp", "train.steps=6", "checkpoint.every=2"]
