@@ -49,9 +49,29 @@ class ModelConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    """What pretraining optimises; the seed's ablations are these switches."""
+class MaeConfig:
+    """Keys of objective.name=mae (He et al. 2021, arXiv 2111.06377)."""
 
+    hidden: float = 0.75  # share of the patches that the encoder does not see
+    width: int | None = None  # of the decoder; null: two thirds of the encoder's, at most 512
+    depth: int | None = None  # null: two thirds of the encoder's, at most 8
+
+
+@dataclass
+class JepaConfig:
+    """Keys of objective.name=jepa (Assran et al. 2023, arXiv 2301.08243); the teacher averages with ema.decay."""
+
+    width: int | None = None  # of the predictor; null: half of the encoder's, at most 384
+    depth: int | None = None  # null: half of the encoder's, at most 12
+
+
+@dataclass
+class ObjectiveConfig:
+    """What pretraining optimises. Keys without a section are next_embedding's: the paper's ablations."""
+
+    name: str = "next_embedding"  # next_embedding | mae | jepa: see docs/objectives.md
+    mae: MaeConfig = field(default_factory=MaeConfig)
+    jepa: JepaConfig = field(default_factory=JepaConfig)
     shift: bool = True
     causal: bool = True
     stop_gradient: bool = True
@@ -195,6 +215,7 @@ class Config:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("pretrain", "finetune"),
+    "objective.name": ("next_embedding", "mae", "jepa"),
     "model.mlp": ("gelu", "swiglu"),
     "model.qk_norm": ("none", "plain", "affine"),
     "finetune.pooling": ("mean", "last"),
@@ -214,6 +235,11 @@ SWITCHES: dict[str, dict[bool, Any]] = {
 }
 RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "objective.mask_ratio": (0.0, 0.99),
+    "objective.mae.hidden": (0.01, 0.99),
+    "objective.mae.width": (1, float("inf")),
+    "objective.mae.depth": (1, float("inf")),
+    "objective.jepa.width": (1, float("inf")),
+    "objective.jepa.depth": (1, float("inf")),
     "model.patch_size": (1, 1024),
     "model.rope_rescale": (1.0, 100.0),
     "model.base_width": (1, float("inf")),
@@ -272,6 +298,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise ConfigError(f"cannot read the argument '{override}': overrides are written section.key=value")
         _update(config, _nest(key, _parse_scalar(text)), where="the command line")
     _check_ranges(config)
+    _check_objective(config)
     return config
 
 
@@ -280,6 +307,7 @@ def config_from_dict(values: dict[str, Any], where: str) -> Config:
     config = Config()
     _update(config, values, where)
     _check_ranges(config)
+    _check_objective(config)
     return config
 
 
@@ -403,3 +431,15 @@ def _check_ranges(config: Config) -> None:
         pair = flat[name]
         if len(pair) != 2 or (name != "optimizer.betas" and not 0 < pair[0] <= pair[1]):
             raise ConfigError(f"{name}={pair} must be two numbers, the smaller first")
+
+
+def _check_objective(config: Config) -> None:
+    chosen, defaults = config.objective.name, flatten(dataclasses.asdict(ObjectiveConfig()))
+    for key, value in flatten(dataclasses.asdict(config.objective)).items():
+        owner = key.partition(".")[0] if "." in key else "next_embedding"
+        if key != "name" and owner != chosen and value != defaults[key]:
+            raise ConfigError(
+                f"objective.{key}={value} is a key of objective.name={owner}, but the run's is {chosen}: leave it out"
+            )
+    if config.task == "pretrain" and chosen == "jepa" and config.ema.decay == 0:
+        raise ConfigError("objective.name=jepa learns from the run's moving average: set ema.decay, such as 0.996")
