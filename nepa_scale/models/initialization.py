@@ -36,7 +36,7 @@ def initial_values(name: str, shape: tuple[int, ...], architecture: Architecture
         return torch.full(shape, architecture.layer_scale * factor)
     if owner.endswith("norm"):
         return torch.ones(shape)
-    if kind in ("weight", "cls_token"):
+    if kind in ("weight", "cls_token", "mask_token"):
         generator = torch.Generator().manual_seed(hash_words("initialization", seed, name) >> 1)
         std = architecture.init_std * factor
         return torch.empty(math.prod(shape)).normal_(0.0, std, generator=generator).view(shape)

@@ -16,6 +16,7 @@ from nepa_scale.config import ModelConfig
 from nepa_scale.models.initialization import initialize_module
 from nepa_scale.models.layers import Block, LayerNorm, PatchEmbedding
 from nepa_scale.models.rope import rope_tables
+from nepa_scale.models.selection import select, select_tables, with_cls
 from nepa_scale.models.sizes import Architecture, resolve_architecture
 
 
@@ -66,6 +67,7 @@ class CausalViT(nn.Module):
         causal: bool = True,
         rope_scale: Tensor | None = None,
         mask: Tensor | None = None,
+        visible: Tensor | None = None,
         sample_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normalised images [B, 3, h, w] -> (embeddings, predictions), both [B, T, D] in `dtype`.
@@ -75,6 +77,8 @@ class CausalViT(nn.Module):
         causal: lower-triangular attention over CLS and the patches in raster order; else bidirectional
         rope_scale: float32 [], factor on the coordinates of rotary position; None: 1
         mask: bool [B, T-1], True where a patch's input is replaced by the mask token
+        visible: int64 [B, K], the patches that enter the blocks, counted row by row, each at its own place in the
+            image; predictions are then [B, 1 + K, D], CLS first. None: all
         sample_keys: int64 [B], randomness of drop path; only used in training
         """
         embeddings = self.embedding(images, self.dtype)
@@ -82,6 +86,9 @@ class CausalViT(nn.Module):
         if mask is not None and self.mask_token is not None:
             inputs = self.mask_token(embeddings, mask)
         rope = self._rope(images, rope_scale)
+        if visible is not None:
+            tokens = with_cls(visible)
+            inputs, rope = select(inputs, tokens), rope and select_tables(rope, tokens)
         x = inputs.float()
         for block in self.blocks:
             x = block(x, rope, causal, self.dtype, sample_keys)
