@@ -16,9 +16,9 @@ from nepa_scale.models import SIZES
 class Parser(argparse.ArgumentParser):
     """Complains in one line, and names the nearest word to a mistaken choice."""
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, prog: str | None = None) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
 
     def error(self, message: str) -> NoReturn:

@@ -29,8 +29,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -52,10 +50,9 @@ from nepa_scale.evaluation.segmentation import (
 from nepa_scale.evaluation.segmentation_report import describe, draw
 from nepa_scale.sharding import World, join_world, leave_world
 from nepa_scale.training.export import KINDS
-from nepa_scale.training.progress import format_duration
+from nepa_scale.training.progress import with_progress
 
 PICTURES = 4
-SECONDS_BETWEEN_LINES = 30.0  # of a log file
 
 
 def parse() -> argparse.Namespace:
@@ -156,20 +153,6 @@ def segment(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         **scores(confusion, int(arguments.zero_is_ignored)),
         "seconds": time.monotonic() - began,
     }
-
-
-def with_progress(items: Iterable[Any], title: str, count: int) -> Iterator[Any]:
-    """A live line on a terminal; elsewhere, as in a log file, a line every now and then."""
-    console, began = Console(stderr=True), time.monotonic()
-    if console.is_terminal:
-        yield from track(items, title, count, console=console, transient=True)
-        return
-    said = began
-    for done, item in enumerate(items, 1):
-        yield item
-        if (now := time.monotonic()) > said + SECONDS_BETWEEN_LINES:
-            said, left = now, (now - began) / done * (count - done)
-            print(f"{title} {done}/{count}, {format_duration(left)} left", file=sys.stderr, flush=True)
 
 
 def save_head(head: LinearHead, path: Path) -> None:

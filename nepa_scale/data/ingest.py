@@ -62,9 +62,9 @@ def list_folder(root: Path, class_list: Path | None = None) -> Listing:
     if unknown:
         raise ConfigError(f"the class '{min(unknown)}' of {root} is not in {class_list}")
     if not folders:
-        return Listing(list(_images(root, root, None)), None, None)
+        return Listing(list(images_under(root, root, None)), None, None)
     label = {name: number for number, name in enumerate(names)}
-    found = in_threads(lambda name: list(_images(root / name, root, label[name])), folders, "listing images")
+    found = in_threads(lambda name: list(images_under(root / name, root, label[name])), folders, "listing images")
     return Listing([item for some in found for item in some], names, len(names))
 
 
@@ -113,7 +113,8 @@ def read_class_list(path: Path) -> list[str]:
         raise ConfigError(f"cannot read the class list {path}: {error}") from error
 
 
-def _images(folder: Path, root: Path, label: int | None) -> Iterator[Item]:
+def images_under(folder: Path, root: Path, label: int | None) -> Iterator[Item]:
+    """The images in `folder` and the folders in it, by name; keys are their paths from `root`."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):

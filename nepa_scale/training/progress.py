@@ -6,11 +6,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 30.0  # of a log file
+T = TypeVar("T")
 
 
 class Tracker(Protocol):
@@ -103,6 +106,27 @@ class TerminalProgress:
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+def with_progress(items: Iterable[T], title: str, count: int) -> Iterator[T]:
+    """Passes `count` items on, with rate and time left on stderr: a live line on a terminal; elsewhere, as in a log
+    file, a line every now and then."""
+    console, began = Console(stderr=True), time.monotonic()
+    said, live = began, None
+    if console.is_terminal:
+        columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[rate]}"))
+        live = Progress(TextColumn(title), *columns, TimeRemainingColumn(), console=console, transient=True)
+        task = live.add_task(title, total=count, rate="")
+    with live or contextlib.nullcontext():
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            rate = done / max(now - began, 1e-9)
+            if live is not None:
+                live.update(task, completed=done, rate=f"{rate:,.1f}/s")
+            elif now > said + SECONDS_BETWEEN_LINES:
+                said, left = now, format_duration((count - done) / rate)
+                print(f"{title} {done}/{count}, {rate:,.1f}/s, {left} left", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
