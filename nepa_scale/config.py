@@ -1,4 +1,4 @@
-"""One run, one configuration: dataclasses <- a YAML file <- `section.key=value` overrides.
+"""One run, one configuration: dataclasses <- YAML files, the later over the earlier <- `section.key=value` overrides.
 
 Every key has a type and a default here and nowhere else. An unknown key, a value of the wrong type or a value out of
 range raises `ConfigError`, whose message names the key, what is wrong and how to mend it; `train.py` and the tools
@@ -283,15 +283,16 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
 }
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads the YAML file at `path` (None: all defaults), applies `a.b=c` overrides in order, and validates.
+def load_config(files: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads the YAML file or files, each over those before it (None: all defaults), applies `a.b=c` overrides in order,
+    and validates.
 
     Raises:
         ConfigError: unreadable file, bad YAML, unknown key, wrong type, or a value out of range.
     """
     config = Config()
-    if path is not None:
-        _update(config, _read_yaml(Path(path)), where=str(path))
+    for file in [files] if isinstance(files, str | Path) else files or ():
+        _update(config, _read_yaml(Path(file)), where=str(file))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:

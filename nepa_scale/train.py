@@ -67,7 +67,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="Every key, its default and its meaning: nepa_scale/config.py. Examples: configs/.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML of the run (default: the demo)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        help="YAML of the run (default: the demo); given again, a file over those before it",
+    )
     parser.add_argument(
         "--ds_config",
         "--deepspeed_config",
@@ -86,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config or DEFAULT_CONFIG, arguments.overrides)
         world = join_world(config.train.timeout)
         try:
             stop = run(config, arguments.ds_config, world)

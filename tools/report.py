@@ -3,10 +3,12 @@
 RUNS are run folders, or folders that hold them, such as the output of a sweep. Runs that are under way, have failed, or
 lack some metrics are shown with what they have. The page needs no network and no file beside it: mail it, or open it
 where you like. It shows what was run, curves, their frontier, scaling laws with intervals (or why the runs determine
-none), cost by size, collapse diagnostics, failures, and where the numbers come from.
+none), cost by size, collapse diagnostics, failures, and where the numbers come from. Where the runs repeat rows of the
+published ablations, their tables are printed, too, beside what is published.
 
 examples:
   python tools/report.py runs/sweeps/demo --output report.html
+  python tools/report.py runs/sweeps/ablations_small --output ablations.html
   python tools/report.py runs/recipe_a runs/recipe_b --title "Two recipes" --output out/recipes.html --json facts.json
 """
 
@@ -20,12 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import rich.progress
+import rich.table
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from nepa_scale.command_line import Parser, deliver, run
 from nepa_scale.scaling.recorded_runs import read_recorded_runs
 from nepa_scale.scaling.report import Progress, figures_folder, make_report, write_report
+from nepa_scale.scaling.report_page import Table
 
 
 def parse() -> argparse.Namespace:
@@ -54,9 +58,21 @@ def main() -> int:
         title = arguments.title or f"Runs of {', '.join(path.resolve().name for path in arguments.runs[:3])}"
         report = make_report(runs, title, progress, arguments.bootstrap)
         facts = write_report(report, arguments.output, progress)
+    shown = "".join(as_text(one.shown(), one.table.title) for one in report.ablations)
     said = f"{facts['page']}: {len(runs)} runs, {facts['bytes'] / 1e6:.1f} MB; {len(facts['files'])} figure files"
-    deliver(facts, f"{said} in {figures_folder(arguments.output)}", arguments.json)
+    deliver(facts, f"{shown}{said} in {figures_folder(arguments.output)}", arguments.json)
     return 0
+
+
+def as_text(table: Table, title: str) -> str:
+    shown, console = rich.table.Table(title=title), Console(width=150)
+    for cell in table.head:
+        shown.add_column(cell.text, justify="right" if cell.kind == "number" else "left")
+    for line in table.body:
+        shown.add_row(*("\n".join(filter(None, (cell.text, cell.interval))) for cell in line))
+    with console.capture() as text:
+        console.print(shown)
+    return text.get()
 
 
 @contextlib.contextmanager

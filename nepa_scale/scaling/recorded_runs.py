@@ -37,6 +37,7 @@ class RecordedRun:
     status: finished | unfinished | failed
     share: of the planned steps that were made, 0..1; None where the plan is not known
     said: what there is to know of a failure, or the last line of a run that has not finished
+    config: None where it cannot be read
     rows: of metrics.jsonl, one for each step, with `samples_seen` and `flops_seen` where they can be known
     skipped_steps, bad_samples: counts
     """
@@ -48,6 +49,7 @@ class RecordedRun:
     status: str
     share: float | None
     said: str
+    config: Config | None
     rows: list[Row]
     provenance: dict[str, Any]
     skipped_steps: int
@@ -132,6 +134,7 @@ def _read(folder: Path, name: str) -> RecordedRun:
         status=status,
         share=share,
         said=failure or ("" if complete else _last_line(folder)),
+        config=config,
         rows=rows,
         provenance=provenance,
         skipped_steps=len(read_json_lines(folder / "skipped_steps.jsonl")),

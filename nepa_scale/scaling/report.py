@@ -14,6 +14,7 @@ from nepa_scale.config import ConfigError
 from nepa_scale.scaling import report_tables as tables
 from nepa_scale.scaling.metrics import Metric, logged_metrics
 from nepa_scale.scaling.recorded_runs import COLLAPSED_COSINE, COLLAPSED_RANK, RecordedRun, Row, collapse
+from nepa_scale.scaling.report_ablations import RepeatedTable, ablation_sections, repeated_tables
 from nepa_scale.scaling.report_figures import (
     Figure,
     Series,
@@ -45,6 +46,7 @@ class Report:
     runs: list[RecordedRun]
     laws: list[MetricLaw]
     collapsed: dict[str, str]
+    ablations: list[RepeatedTable]
     sections: list[Section]
     data: dict[str, list[Row]]
 
@@ -60,6 +62,7 @@ class Report:
             "runs": [_run_facts(run) | {"collapsed": self.collapsed.get(run.name)} for run in self.runs],
             "metrics": {metric.name: metric.title for metric in metrics},
             "laws": {found.metric.name: found.facts() for found in self.laws},
+            "ablations": {one.table.name: one.facts() for one in self.ablations},
             "frontier": {
                 name.removeprefix("frontier_"): rows for name, rows in self.data.items() if "frontier" in name
             },
@@ -91,10 +94,11 @@ def make_report(runs: list[RecordedRun], title: str, progress: Progress, bootstr
         data |= read
 
     troubles, bad = tables.trouble_table(runs), tables.collapse_table(collapsed) if collapsed else None
-    forms = tables.form_table(laws)
+    forms, ablations = tables.form_table(laws), repeated_tables(runs)
     where, how = tables.environment_table(runs), tables.commands(runs)
     sections = [
         Section("runs", "Runs", table=tables.run_table(runs, metrics, collapsed)),
+        *ablation_sections(ablations),
         Section("curves", "Quality over training", figures=curve_figures(metrics, curves, series, baselines(runs))),
         Section("frontier", "Frontier of the training curves", figures=[frontier_figure(m, series) for m in frontiers]),
         Section("laws", "Scaling laws", _LAWS, tables.law_table(laws) if laws else None, drawn),
@@ -104,7 +108,7 @@ def make_report(runs: list[RecordedRun], title: str, progress: Progress, bootstr
         Section("failures", "Failures", "" if troubles else _NO_TROUBLES, troubles),
         Section("environment", "Environment and commands", table=where, commands=how),
     ]  # fmt: skip
-    return Report(title, runs, laws, collapsed, sections, data)
+    return Report(title, runs, laws, collapsed, ablations, sections, data)
 
 
 _LAWS = (

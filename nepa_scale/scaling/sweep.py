@@ -30,7 +30,7 @@ from nepa_scale.training.run_folder import read_json_lines
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LOG = "output.txt"  # in a run's folder: what train.py printed
 ATTEMPTS = 2
-_KEYS = ("base", "output", "warmup", "sizes", "budgets", "samples", "seeds", "grid", "overrides")
+_KEYS = ("base", "output", "warmup", "sizes", "budgets", "samples", "seeds", "variants", "grid", "overrides")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PlannedRun:
 
     name: str
     folder: Path
-    base: Path
+    configs: list[Path]
     overrides: dict[str, Any]
     parameters: int
     steps: int
@@ -52,7 +52,8 @@ class PlannedRun:
     def arguments(self) -> list[str]:
         """Of train.py."""
         keys = [f"{key}={json.dumps(value)}" for key, value in self.overrides.items()]
-        return ["--config", str(self.base), *keys, f"output={self.folder}"]
+        files = [word for path in self.configs for word in ("--config", str(path))]
+        return [*files, *keys, f"output={self.folder}"]
 
     def last_row(self) -> dict[str, Any]:
         """Everything that the run's metrics hold last; empty before the first."""
@@ -70,6 +71,7 @@ class PlannedRun:
 class Sweep:
     """What a file in configs/sweeps says; exactly one of `budgets` (FLOPs of a run) and `samples` (images) is given.
 
+    variants: YAML files, each in turn over the base: rows of an ablation
     grid: keys of the configuration, each with the values that it takes in turn
     """
 
@@ -80,6 +82,7 @@ class Sweep:
     samples: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     warmup: float = 0.05
+    variants: list[str] = field(default_factory=list)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -109,27 +112,38 @@ def read_sweep(path: Path) -> Sweep:
     for key, values in sweep.grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: grid gives '{key}' no list of values")
+    if not isinstance(sweep.variants, list):
+        raise ConfigError(f"{path}: variants must be a list of YAML files")
     sweep.budgets = [float(budget) for budget in sweep.budgets]  # YAML reads 1e12 as a word
     return sweep
 
 
 def plan_runs(sweep: Sweep) -> list[PlannedRun]:
-    """All runs of the grid, the cheapest first.
+    """All runs of the grid, those of the first seed first and each seed's cheapest first.
+
+    Variants that come to the same run are one, by the first's name.
 
     Raises:
         ConfigError: a size or override is wrong, or a budget is less than one step of a size.
     """
-    runs = [
-        _plan(sweep, size, amount, seed, dict(zip(sweep.grid, values, strict=True)))
-        for size in sweep.sizes
-        for amount in sweep.budgets or sweep.samples
-        for seed in sweep.seeds
-        for values in product(*sweep.grid.values())
-    ]
-    return sorted(runs, key=lambda run: run.flops)
+    runs: list[PlannedRun] = []
+    variants: list[str | None] = [*sweep.variants] or [None]
+    for seed in sweep.seeds:
+        planned: dict[str, PlannedRun] = {}
+        for size, amount, variant, *values in product(
+            sweep.sizes, sweep.budgets or sweep.samples, variants, *sweep.grid.values()
+        ):
+            digest, run = _plan(sweep, size, amount, seed, variant, dict(zip(sweep.grid, values, strict=True)))
+            planned.setdefault(digest, run)
+        runs += sorted(planned.values(), key=lambda run: run.flops)
+    return runs
 
 
-def _plan(sweep: Sweep, size: str, amount: float, seed: int, varied: dict[str, Any]) -> PlannedRun:
+def _plan(
+    sweep: Sweep, size: str, amount: float, seed: int, variant: str | None, varied: dict[str, Any]
+) -> tuple[str, PlannedRun]:
+    """The run, and a digest of what determines it."""
+    configs = [Path(sweep.base)] + ([Path(variant)] if variant else [])
     overrides = {
         **sweep.overrides,
         **sweep.sizes[size],
@@ -138,7 +152,7 @@ def _plan(sweep: Sweep, size: str, amount: float, seed: int, varied: dict[str, A
         "train.epochs": None,
         "train.steps": 1,
     }
-    config = _config(sweep, overrides)
+    config = _config(configs, overrides)
     task = Pretraining(config)
     batch = config.train.global_batch_size
     per_image = training_costs(task.architecture, None).train_flops_per_image
@@ -147,19 +161,21 @@ def _plan(sweep: Sweep, size: str, amount: float, seed: int, varied: dict[str, A
         unit = f"{per_image * batch:.3g} FLOPs" if sweep.budgets else f"{batch} images"
         raise ConfigError(f"{amount:.3g} is less than one step of size {size}, which takes {unit}: raise it")
     overrides |= {"train.steps": steps, "schedule.warmup_steps": max(1, round(sweep.warmup * steps))}
-    identity = flatten(to_dict(_config(sweep, overrides)))
+    identity = flatten(to_dict(_config(configs, overrides)))
     identity.pop("output")
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     told = [f"{key.rpartition('.')[2]}={value}" for key, value in varied.items()]
-    name = "-".join([size, f"{amount:.3g}", *told, f"s{seed}"])
-    return PlannedRun(
-        name, Path(sweep.output) / f"{name}-{digest}", Path(sweep.base), overrides, task.parameters, steps,
+    named = ["_".join(Path(variant).with_suffix("").parts[-2:])] if variant else []
+    name = "-".join([size, f"{amount:.3g}", *named, *told, f"s{seed}"])
+    run = PlannedRun(
+        name, Path(sweep.output) / f"{name}-{digest}", configs, overrides, task.parameters, steps,
         steps * batch, steps * batch * per_image,
     )  # fmt: skip
+    return digest, run
 
 
-def _config(sweep: Sweep, overrides: dict[str, Any]) -> Config:
-    return load_config(sweep.base, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+def _config(configs: Sequence[Path], overrides: dict[str, Any]) -> Config:
+    return load_config(configs, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
 
 
 @dataclass

@@ -18,7 +18,7 @@ LOSS = Metric("loss", "loss", "loss")
 
 
 def run(parameters: float, rows: list[dict[str, Any]]) -> RecordedRun:
-    return RecordedRun(f"{parameters:.0f}", Path(), "", round(parameters), "finished", 1.0, "", rows, {}, 0, 0)
+    return RecordedRun(f"{parameters:.0f}", Path(), "", round(parameters), "finished", 1.0, "", None, rows, {}, 0, 0)
 
 
 def curve(parameters: float, logged: int = 60) -> RecordedRun:
