@@ -46,13 +46,21 @@ def positive(word: str) -> int:
     return int(word)
 
 
+def sides(word: str) -> int | list[int]:
+    """An argparse type: `224`, or `224x448`, which is [height, width]."""
+    numbers = word.lower().split("x")
+    if not 1 <= len(numbers) <= 2 or not all(number.isdigit() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{word} must be a square's side (224) or HEIGHTxWIDTH (224x448)")
+    return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--size, --patch-size, --image-size, --mlp, and any other key of the model as section.key=value."""
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="vit_b", metavar="SIZE", help=f"{', '.join(SIZES)} (default: vit_b)")
     group.add_argument("--patch-size", type=positive, default=14, metavar="P", help="pixels (default: 14)")
     group.add_argument(
-        "--image-size", type=_sides, default=224, metavar="S|HxW", help="pixels: 224, or 224x448 (default: 224)"
+        "--image-size", type=sides, default=224, metavar="S|HxW", help="pixels: 224, or 224x448 (default: 224)"
     )
     group.add_argument(
         "--mlp", type=choice("--mlp", CHOICES["model.mlp"]), default="gelu", help="gelu | swiglu (default: gelu)"
@@ -106,10 +114,3 @@ def run(main: Callable[[], int]) -> int:
     except OSError as error:
         print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_USAGE
-
-
-def _sides(word: str) -> int | list[int]:
-    sides = word.lower().split("x")
-    if not 1 <= len(sides) <= 2 or not all(side.isdigit() for side in sides):
-        raise argparse.ArgumentTypeError(f"{word} must be a square's side (224) or HEIGHTxWIDTH (224x448)")
-    return int(sides[0]) if len(sides) == 1 else [int(side) for side in sides]
