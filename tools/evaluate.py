@@ -30,7 +30,7 @@ from nepa_scale.data import DataError, EvaluationStream, ShardSet
 from nepa_scale.data.batch import Batch
 from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.attentive_probe import AttentiveProbe
-from nepa_scale.evaluation.loading import load_any
+from nepa_scale.evaluation.loading import attends_causally, load_any
 from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
 from nepa_scale.objectives import Classifier
 from nepa_scale.sharding import World, join_world, leave_world
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         "--blocks", type=int, nargs="+", help="probe these, from 1 (default: each quarter of the depth)"
     )
     parser.add_argument("--pooling", choices=["mean", "last"], default="mean", help="of the patches, or the last token")
-    parser.add_argument("--bidirectional", action="store_true", help="features without the causal mask")
+    parser.add_argument(
+        "--bidirectional", action="store_true", help="without a causal mask, as mae and jepa always are"
+    )
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="kNN and spectrum only")
     parser.add_argument(
         "--attentive", type=int, default=0, metavar="EPOCHS", help="also an attentive probe of the last block probed"
@@ -125,7 +127,8 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         blocks = spread_blocks(depth) if arguments.blocks is None else [block - 1 for block in arguments.blocks]
         if not all(0 <= block < depth for block in blocks):
             raise ConfigError(f"--blocks must be between 1 and {depth}")
-        settings = FeatureSettings(blocks, not arguments.bidirectional, arguments.pooling)
+        causal = attends_causally(task) and not arguments.bidirectional
+        settings = FeatureSettings(blocks, causal, arguments.pooling)
         bank = one_pass(train, "training features", classes, arguments.bank)
         queries = one_pass(val, "validation features", classes)
         facts |= evaluate_features(task.backbone, bank, queries, classes, world, settings, probe=arguments.probe)

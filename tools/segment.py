@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from nepa_scale.command_line import Parser, add_result_options, deliver, positive, run
 from nepa_scale.config import ConfigError
 from nepa_scale.data.segmentation_folder import IGNORED, RandomCrops, Split, WholeImages
-from nepa_scale.evaluation.loading import load_any
+from nepa_scale.evaluation.loading import attends_causally, load_any
 from nepa_scale.evaluation.offline import spread_blocks
 from nepa_scale.evaluation.segmentation import (
     DenseFeatures,
@@ -128,7 +128,8 @@ def segment(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         return with_progress(items, title, count) if world.is_main else iter(items)
 
     classes = survey([training, validation], patch, arguments.classes, world, workers, shown)
-    features = DenseFeatures(backbone.to(world.device).eval(), blocks, not arguments.bidirectional)
+    causal = attends_causally(task) and not arguments.bidirectional
+    features = DenseFeatures(backbone.to(world.device).eval(), blocks, causal)
     recipe = Recipe(arguments.steps, arguments.batch_size, arguments.lr)
     crops, images = RandomCrops(training, side, arguments.seed), WholeImages(validation, side, patch)
     head, loss = train_head(features, classes, crops, recipe, world, workers, shown)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nepa_scale.config import Config, config_from_dict
 from nepa_scale.interop.official import CONFIG, load_official
-from nepa_scale.objectives import Classifier, NextEmbedding
+from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import load_task
 
@@ -25,3 +25,8 @@ def load_any(path: Path, weights: str | None) -> tuple[NextEmbedding | Classifie
     config = config_from_dict(read_meta(folder)["config"], str(folder))
     weights = weights or ("ema" if config.ema.decay > 0 else "raw")
     return load_task(folder, weights), config, weights
+
+
+def attends_causally(task: NextEmbedding | Classifier) -> bool:
+    """Whether the backbone was trained, and is therefore to be judged, with causal attention."""
+    return task.causal if isinstance(task, Classifier) else is_causal(task.objective)

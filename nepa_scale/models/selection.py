@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def with_cls(patches: Tensor) -> Tensor:
-    """Numbers of patches, int64 [B, K], counted row by row -> numbers of tokens, [B, 1 + K]: CLS, then these patches."""
+    """Numbers of patches, int64 [B, K], row by row -> numbers of tokens, [B, 1 + K]: CLS, then these patches."""
     return F.pad(patches + 1, (1, 0))
 
 

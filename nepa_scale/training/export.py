@@ -14,6 +14,7 @@ from torch import Tensor
 from nepa_scale.config import ConfigError, config_from_dict
 from nepa_scale.models import CausalViT, resolve_architecture
 from nepa_scale.objectives import Classifier, NextEmbedding
+from nepa_scale.objectives.pretext import PRETRAINING_ONLY, encoding
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.training.checkpoint import load_shards, locate_checkpoint, read_meta
 from nepa_scale.training.checkpoint_format import Index, read_index
@@ -73,6 +74,9 @@ def export_safetensors(
 def load_task(checkpoint: str | Path, weights: str = "raw") -> NextEmbedding | Classifier:
     """The module that a checkpoint was trained as, with its weights, float32, on the host, in eval mode.
 
+    Of a pretraining with mae or jepa it is the backbone alone, as `NextEmbedding` with bidirectional attention: what
+    they have beside it serves nothing but pretraining.
+
     checkpoint, weights: as in `export_safetensors`
     Raises:
         ConfigError: as there.
@@ -90,9 +94,16 @@ def load_task(checkpoint: str | Path, weights: str = "raw") -> NextEmbedding | C
             )
         else:
             architecture = resolve_architecture(config.model, mask_token=config.objective.mask_ratio > 0)
-            task = NextEmbedding(CausalViT(architecture), config.objective)
+            task = NextEmbedding(CausalViT(architecture), encoding(config.objective))
     task.to_empty(device="cpu")
-    load_shards(folder, [_whole(name, parameter, kind) for name, parameter in task.named_parameters()])
+    parameters = dict(task.named_parameters())
+    wanted = [_whole(name, parameter, kind) for name, parameter in parameters.items()]
+    passed_over = [
+        Shard(name, shape, 0, 0, {kind: torch.empty(0)})
+        for name, shape in index.shapes.items()
+        if name.startswith(PRETRAINING_ONLY)
+    ]
+    load_shards(folder, [*wanted, *passed_over])
     return task.eval()
 
 

@@ -1,4 +1,4 @@
-"""Next-embedding pretraining as the loop sees it: a module, its parameter groups, and the inputs of each step."""
+"""Pretraining as the loop sees it: a module, its parameter groups, and the inputs of each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nepa_scale.config import Config
 from nepa_scale.data.batch import Batch, normalize
 from nepa_scale.models import CausalViT, resolve_architecture
 from nepa_scale.models.transfer import rate_factor
-from nepa_scale.objectives import NextEmbedding, collapse_diagnostics, draw_rope_scale
+from nepa_scale.objectives import build_pretext, draw_rope_scale, pretext_diagnostics
 from nepa_scale.sharding import ParameterGroup, Shard
 from nepa_scale.training.optimization import pretraining_groups
 from nepa_scale.training.pretrained import initialize_shards
@@ -33,7 +33,7 @@ class Pretraining:
     def build(self) -> nn.Module:
         """The module with uninitialised parameters, on the default device."""
         dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
-        return NextEmbedding(CausalViT(self.architecture, dtype), self.config.objective)
+        return build_pretext(CausalViT(self.architecture, dtype), self.config.objective)
 
     def initialize(self, shards: list[Shard]) -> None:
         """Writes the masters' initial values."""
@@ -54,4 +54,4 @@ class Pretraining:
 
     def diagnostics(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What to log beside the loss, from the last micro-batch's outputs."""
-        return collapse_diagnostics(outputs["embeddings"], outputs["predictions"])
+        return pretext_diagnostics(outputs)

@@ -1,0 +1,39 @@
+"""The pretraining objectives by name: what the rest of the program asks about them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nepa_scale.config import ObjectiveConfig
+from nepa_scale.models import CausalViT
+from nepa_scale.objectives.diagnostics import collapse_diagnostics
+from nepa_scale.objectives.mae import MaskedAutoencoder
+from nepa_scale.objectives.next_embedding import NextEmbedding
+
+Pretext = NextEmbedding | MaskedAutoencoder
+PRETRAINING_ONLY = ("decoder.",)  # how the names of parameters begin that no backbone has
+
+
+def build_pretext(backbone: CausalViT, objective: ObjectiveConfig) -> Pretext:
+    """The module of `objective.name`. Raises ConfigError where the backbone cannot serve it."""
+    return _MODULES[objective.name](backbone, objective)
+
+
+def is_causal(objective: ObjectiveConfig) -> bool:
+    """Whether the backbone's attention is causal, in pretraining and hence where its features are judged."""
+    return objective.name == "next_embedding" and objective.causal
+
+
+def encoding(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """The switches of `NextEmbedding` with which a backbone of this objective gives its features."""
+    return objective if objective.name == "next_embedding" else ObjectiveConfig(causal=is_causal(objective))
+
+
+def pretext_diagnostics(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What to log beside the loss, from a module's outputs: float32 scalars on the device."""
+    if "embeddings" in outputs:
+        return collapse_diagnostics(outputs["embeddings"], outputs["predictions"])
+    return {}
+
+
+_MODULES: dict[str, type[Pretext]] = {"next_embedding": NextEmbedding, "mae": MaskedAutoencoder}
