@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from nepa_scale.config import Config, ConfigError, flatten, load_config, nearest, to_dict
+from nepa_scale.models import resolve_architecture
 from nepa_scale.profiling import training_costs
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.run_folder import read_json_lines
@@ -30,7 +31,9 @@ from nepa_scale.training.run_folder import read_json_lines
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LOG = "output.txt"  # in a run's folder: what train.py printed
 ATTEMPTS = 2
-_KEYS = ("base", "output", "warmup", "sizes", "budgets", "samples", "seeds", "variants", "grid", "overrides")
+_KEYS = (
+    "base", "output", "warmup", "sizes", "budgets", "samples", "seeds", "variants", "grid", "overrides", "finetune",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class PlannedRun:
     """One run of the grid.
 
     samples: images seen; flops: forward and backward
+    after: the pretraining whose weights a fine-tuning starts from
     """
 
     name: str
@@ -48,6 +52,7 @@ class PlannedRun:
     steps: int
     samples: int
     flops: float
+    after: PlannedRun | None = None
 
     def arguments(self) -> list[str]:
         """Of train.py."""
@@ -73,6 +78,7 @@ class Sweep:
 
     variants: YAML files, each in turn over the base: rows of an ablation
     grid: keys of the configuration, each with the values that it takes in turn
+    finetune: what follows each run: the fine-tuning of `config` (a YAML file), of `samples` images, with `overrides`
     """
 
     base: str
@@ -85,6 +91,7 @@ class Sweep:
     variants: list[str] = field(default_factory=list)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -114,6 +121,8 @@ def read_sweep(path: Path) -> Sweep:
             raise ConfigError(f"{path}: grid gives '{key}' no list of values")
     if not isinstance(sweep.variants, list):
         raise ConfigError(f"{path}: variants must be a list of YAML files")
+    if sweep.finetune and not {"config", "samples"} <= set(sweep.finetune) <= {"config", "samples", "overrides"}:
+        raise ConfigError(f"{path}: finetune must have 'config' and 'samples', and may have 'overrides'")
     sweep.budgets = [float(budget) for budget in sweep.budgets]  # YAML reads 1e12 as a word
     return sweep
 
@@ -135,7 +144,8 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
         ):
             digest, run = _plan(sweep, size, amount, seed, variant, dict(zip(sweep.grid, values, strict=True)))
             planned.setdefault(digest, run)
-        runs += sorted(planned.values(), key=lambda run: run.flops)
+        for run in sorted(planned.values(), key=lambda run: run.flops):
+            runs += [run, _plan_finetuning(sweep, run)] if sweep.finetune else [run]
     return runs
 
 
@@ -174,6 +184,27 @@ def _plan(
     return digest, run
 
 
+def _plan_finetuning(sweep: Sweep, run: PlannedRun) -> PlannedRun:
+    """Of the run's own architecture; the switches of its objective are kept for the record."""
+    pretraining, files = _config(run.configs, run.overrides), [Path(sweep.finetune["config"])]
+    own = flatten({"model": to_dict(pretraining)["model"], "objective": to_dict(pretraining)["objective"]})
+    overrides = {key: value for key, value in own.items() if key not in _FINETUNING_SAYS}
+    overrides |= {"finetune.weights": str(run.folder), "train.seed": pretraining.train.seed, "train.epochs": None}
+    overrides |= sweep.finetune.get("overrides", {})
+    config = _config(files, overrides | {"train.steps": 1})
+    batch = config.train.global_batch_size
+    steps = max(1, int(sweep.finetune["samples"]) // batch)
+    overrides |= {"train.steps": steps}
+    flops = training_costs(resolve_architecture(config.model), None).train_flops_per_image * steps * batch
+    return PlannedRun(
+        f"{run.name}-finetuned", run.folder.with_name(f"{run.folder.name}-finetuned"), files, overrides,
+        run.parameters, steps, steps * batch, flops, after=run,
+    )  # fmt: skip
+
+
+_FINETUNING_SAYS = ("model.image_size", "model.drop_path", "model.rope_rescale")  # the others are the pretraining's
+
+
 def _config(configs: Sequence[Path], overrides: dict[str, Any]) -> Config:
     return load_config(configs, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
 
@@ -208,8 +239,9 @@ def run_all(
     try:
         while waiting or active:
             free = sorted(set(range(len(slots))) - {attempt.slot for attempt in active})
-            for slot in free[: len(waiting)]:
-                run, number = waiting.pop(0)
+            ready = [one for one in waiting if one[0].after is None or one[0].after.finished()]
+            for slot, (run, number) in zip(free, ready, strict=False):
+                waiting.remove((run, number))
                 active.append(Attempt(run, _start(run, launcher, slots[slot]), number, slot))
             report([attempt.run for attempt in active])
             time.sleep(min(1.0, 0.2 * len(active)))
@@ -221,6 +253,7 @@ def run_all(
                     waiting.insert(0, (attempt.run, attempt.number + 1))
                 else:
                     failed[attempt.run.name] = _last_words(attempt.run)
+                    waiting = [one for one in waiting if one[0].after is not attempt.run]
     finally:
         for attempt in active:  # they save what they have, and end
             attempt.process.send_signal(signal.SIGTERM)
@@ -244,12 +277,18 @@ def _last_words(run: PlannedRun) -> str:
 
 
 def slurm_array(runs: Sequence[PlannedRun], launcher: Sequence[str]) -> str:
-    """A script for sbatch, with one task of the array for each run."""
-    commands = [" ".join([*launcher, str(TRAIN), *(f"'{word}'" for word in run.arguments())]) for run in runs]
+    """A script for sbatch, with one task of the array for each run of the grid."""
+    commands: list[str] = []
+    for run in runs:  # a fine-tuning goes on in the task of its pretraining
+        command = " ".join([*launcher, str(TRAIN), *(f"'{word}'" for word in run.arguments())])
+        if run.after is None:
+            commands.append(command)
+        else:
+            commands[-1] += f" && {command}"
     cases = "\n".join(f"  {number}) {command} ;;" for number, command in enumerate(commands))
     return (
         "#!/bin/bash\n#SBATCH --job-name=nepa_sweep\n"
-        f"#SBATCH --array=0-{len(runs) - 1}\n#SBATCH --signal=USR1@120  # saves and ends; requeue to go on\n"
+        f"#SBATCH --array=0-{len(commands) - 1}\n#SBATCH --signal=USR1@120  # saves and ends; requeue to go on\n"
         f"#SBATCH --requeue\ncase $SLURM_ARRAY_TASK_ID in\n{cases}\nesac\n"
     )
 

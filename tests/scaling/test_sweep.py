@@ -51,7 +51,9 @@ def sweep(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_budgets_become_steps_by_their_flops(tmp_path: Path) -> None:
     runs = plan_runs(read_sweep(write_sweep(tmp_path, samples=None, budgets=["1e9", 3e9], seeds=[0, 1])))
     assert len(runs) == 2 * 2 * 2
-    assert [run.flops for run in runs] == sorted(run.flops for run in runs)
+    for of_one_seed in (runs[:4], runs[4:]):
+        assert len({run.overrides["train.seed"] for run in of_one_seed}) == 1
+        assert [run.flops for run in of_one_seed] == sorted(run.flops for run in of_one_seed)
     for run in runs:
         model = {"width": 48, "depth": run.overrides["model.depth"], "heads": 3, "layer_scale": 0.1}
         per_image = count_flops(size="vit_b", patch_size=8, image_size=32, **model).train_flops_per_image
@@ -75,6 +77,47 @@ def test_a_sweep_runs_and_finds_its_runs_again(tmp_path: Path) -> None:
     changed = {run["folder"]: os.stat(Path(run["folder"]) / "metrics.jsonl").st_mtime_ns for run in found["runs"]}
     assert json.loads(sweep(path, "--json", "-").stdout) == found
     assert changed == {folder: os.stat(Path(folder) / "metrics.jsonl").st_mtime_ns for folder in changed}
+
+
+def write_finetuning_sweep(tmp_path: Path, **changes: Any) -> Path:
+    shards = write_shards(tmp_path / "labelled")
+    recipe = {
+        "task": "finetune",
+        "model": {"size": "vit_b", "image_size": 32},  # the rest of it is the pretraining's
+        "data": {"train": str(shards), "val": str(shards), "workers": 0},
+        "finetune": {"freeze_patches": False},
+        "schedule": {"warmup_steps": 1},
+        "train": {"global_batch_size": 8, "precision": "fp32"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return write_sweep(
+        tmp_path, finetune={"config": str(tmp_path / "recipe.yaml"), "samples": 24}, sizes={"one": {}}, **changes
+    )
+
+
+def test_a_finetuning_follows_each_run(tmp_path: Path) -> None:
+    (tmp_path / "row.yaml").write_text("objective: {shift: false}\n")
+    path = write_finetuning_sweep(tmp_path, variants=[str(tmp_path / "row.yaml")])
+    pretraining, finetuning = plan_runs(read_sweep(path))
+    assert finetuning.after is pretraining
+    assert finetuning.overrides["finetune.weights"] == str(pretraining.folder)
+    done = sweep(path, "--jobs", 2, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    before, after = json.loads(done.stdout)["runs"]
+    assert (before["steps"], after["steps"]) == (4, 3)
+    assert "top1" in after
+    assert "top1" not in before
+    recorded = yaml.safe_load((finetuning.folder / "config.yaml").read_text())
+    assert recorded["objective"]["shift"] is False  # what was pretrained, for the record
+
+
+def test_no_finetuning_follows_a_failed_run(tmp_path: Path) -> None:
+    path = write_finetuning_sweep(tmp_path, overrides=tiny() | {"data.train": str(tmp_path / "nothing")})
+    done = sweep(path, "--json", "-")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert list(found["failed"]) == ["one-32-s0"]
+    assert not Path(found["runs"][1]["folder"]).exists()
 
 
 @pytest.mark.slow
@@ -112,6 +155,8 @@ def test_what_is_wrong_is_one_clear_line(tmp_path: Path) -> None:
         ({"budgets": [1e9]}, "must give one of 'budgets'"),
         ({"samples": [4]}, "is less than one step of size large, which takes 8 images"),
         ({"sizes": {"odd": {"model.widht": 32}}}, "unknown key 'model.widht'"),
+        ({"finetune": {"config": "recipe.yaml"}}, "finetune must have 'config' and 'samples'"),
+        ({"variants": "row.yaml"}, "variants must be a list"),
         ({"budget": [1e9]}, "unknown key 'budget'"),
     ]
     for number, (changes, why) in enumerate(cases):
