@@ -20,9 +20,9 @@ from nepa_scale.analysis.drawing import (
 )
 from nepa_scale.analysis.queries import Grid, place_of
 
-_LEAD, _MEAN, _WIDTH = 330, 150, 1150  # pixels: the image, a layer's mean, and the page if no row needs more
-_CELL = (112, 190)  # pixels: the least and the most of a head's map
-_GAP, _LINE = 8, 20
+_LEAD, _WIDTH = 330, 1150  # pixels: the image, and the page if no line needs more
+_MAP = (112, 190)  # pixels: the least and the most of a map
+_LABEL, _GAP, _LINE = 64, 8, 20
 
 
 def draw_attention(
@@ -50,6 +50,11 @@ def _legend(causal: bool) -> str:
     return f"weight of a patch, from 0 to the largest of its own map; weight on CLS is written above{hidden}"
 
 
+def _fitting(room: int, count: int) -> int:
+    """The size at which `count` maps fill `room` pixels, within limits."""
+    return min(max(room // count - _GAP, _MAP[0]), _MAP[1])
+
+
 class _QueryPart:
     """Draws what belongs to one query."""
 
@@ -72,25 +77,23 @@ class _QueryPart:
 
     def _means(self, means: np.ndarray, left: int, y: int) -> int:
         """The layers' means [L, T], in lines that end at the page's width."""
-        x = left
+        x, size = left, _fitting(_WIDTH - left, len(means))
         for layer, weights in enumerate(means):
-            picture = self._map(weights, _MEAN)
+            picture = self._map(weights, size)
             if x > left and x + picture.shape[1] > _WIDTH:
                 x, y = left, y + picture.shape[0] + _LINE + _GAP
-            self._sheet.text(x, y + 2, f"layer {layer + 1}   CLS {weights[0]:.0%}")
+            self._sheet.text(x, y + 4, f"layer {layer + 1}  CLS {weights[0]:.0%}", 11)
             self._sheet.picture(x, y + _LINE, picture)
             x += picture.shape[1] + _GAP
         return y + _LINE + picture.shape[0]
 
     def _heads(self, rows: np.ndarray, y: int) -> int:
         """A line for each layer, a column for each head."""
-        label = 64
-        room = (_WIDTH - label) // rows.shape[1] - _GAP
-        cell = min(max(room, _CELL[0]), _CELL[1])
+        size = _fitting(_WIDTH - _LABEL, rows.shape[1])
         for layer, heads in enumerate(rows):
-            x = Sheet.MARGIN + label
+            x = Sheet.MARGIN + _LABEL
             for head, weights in enumerate(heads):
-                picture = self._map(weights, cell)
+                picture = self._map(weights, size)
                 name = f"head {head + 1}  " if layer == 0 else ""
                 self._sheet.text(x, y + 4, f"{name}CLS {weights[0]:.0%}", 11)
                 self._sheet.picture(x, y + _LINE, picture)

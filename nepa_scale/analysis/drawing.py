@@ -24,7 +24,7 @@ Colour = tuple[int, int, int]
 INK: Colour = (36, 41, 47)
 QUERY: Colour = (0, 200, 255)
 NEXT: Colour = (255, 60, 200)
-NEAREST: Colour = (255, 170, 0)
+NEAREST: Colour = (0, 225, 110)
 _COLOURS = "inferno"
 _HEAT = 0.65  # of a visible patch's colour, the rest being the grey image
 _FADED = 0.75  # of an invisible patch's colour, white
@@ -64,8 +64,13 @@ def outlined(image: Picture, grid: Grid, place: Place, colour: Colour, inset: in
     canvas = Image.fromarray(image)
     top, left = place[0] * side + inset, place[1] * side + inset
     bottom, right = (place[0] + 1) * side - 1 - inset, (place[1] + 1) * side - 1 - inset
-    ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=colour, width=max(1, side // 10))
+    ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=colour, width=line_width(side))
     return np.array(canvas)
+
+
+def line_width(side: int) -> int:
+    """Of a patch's outline, in pixels: to be seen on small patches, and not to hide large ones."""
+    return max(1, side // 5 if side < 20 else side // 10)
 
 
 def colour_bar(width: int, height: int = 12) -> Picture:
@@ -81,32 +86,29 @@ class Sheet:
 
     def __init__(self) -> None:
         self._pictures: list[tuple[int, int, Picture]] = []
-        self._words: list[tuple[int, int, str, int, Colour]] = []
+        self._words: list[tuple[int, int, str, int]] = []
 
     def picture(self, x: int, y: int, picture: Picture) -> None:
         """Puts the picture's upper left corner there."""
         self._pictures.append((x, y, picture))
 
-    def text(self, x: int, y: int, words: str, size: int = 13, colour: Colour = INK) -> None:
-        """Writes one line whose upper left corner is there; `size` is in pixels."""
-        self._words.append((x, y, words, size, colour))
-
-    def centred_text(self, x: int, y: int, words: str, size: int = 13) -> None:
-        """Writes one line whose middle is at `x`."""
-        self.text(x - round(_font(size).getlength(words) / 2), y, words, size)
+    def text(self, x: int, y: int, words: str, size: int = 13) -> int:
+        """Writes one line whose upper left corner is there; `size` is in pixels. Returns where it ends."""
+        self._words.append((x, y, words, size))
+        return x + round(_font(size).getlength(words))
 
     def save(self, path: Path) -> None:
         """Writes the page as a PNG. Raises OSError."""
         right = [x + picture.shape[1] for x, _, picture in self._pictures]
-        right += [x + round(_font(size).getlength(words)) for x, _, words, size, _ in self._words]
+        right += [x + round(_font(size).getlength(words)) for x, _, words, size in self._words]
         below = [y + picture.shape[0] for _, y, picture in self._pictures]
-        below += [y + size for _, y, _, size, _ in self._words]
+        below += [y + size for _, y, _, size in self._words]
         page = Image.new("RGB", (max(right) + self.MARGIN, max(below) + self.MARGIN), "white")
         for x, y, picture in self._pictures:
             page.paste(Image.fromarray(picture), (x, y))
         draw = ImageDraw.Draw(page)
-        for x, y, words, size, colour in self._words:
-            draw.text((x, y), words, fill=colour, font=_font(size))
+        for x, y, words, size in self._words:
+            draw.text((x, y), words, fill=INK, font=_font(size))
         page.save(path)
 
 

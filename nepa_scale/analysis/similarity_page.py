@@ -19,6 +19,7 @@ from nepa_scale.analysis.drawing import (
     colour_bar,
     enlarged,
     heated,
+    line_width,
     outlined,
     patch_pixels,
 )
@@ -82,10 +83,10 @@ def _shown(image: Picture, one: SimilarityMap) -> Picture:
 
 
 def _marked(picture: Picture, grid: Grid, patch: int, nearest: int) -> Picture:
-    width = max(1, picture.shape[0] // grid[0] // 10)
+    inset = line_width(picture.shape[0] // grid[0])
     picture = outlined(picture, grid, place_of(patch, grid), QUERY)
     picture = outlined(picture, grid, place_of(patch + 1, grid), NEXT)
-    return picture if nearest == patch else outlined(picture, grid, place_of(nearest, grid), NEAREST, inset=width)
+    return picture if nearest == patch else outlined(picture, grid, place_of(nearest, grid), NEAREST, inset)
 
 
 def _scale(sheet: Sheet, x: int, y: int, one: SimilarityMap) -> None:
@@ -103,5 +104,4 @@ def _legend(sheet: Sheet, y: int) -> None:
     for words, colour in marks:
         box = np.full((13, 13, 3), 255, dtype=np.uint8)
         sheet.picture(x, y, outlined(box, (1, 1), (0, 0), colour))
-        sheet.text(x + 20, y - 1, words)
-        x += 20 + 8 * len(words) + 16
+        x = sheet.text(x + 20, y - 1, words) + 24
