@@ -100,7 +100,9 @@ def _add_common(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _count(word: str) -> int:
-    return 0 if word == "0" else positive(word)
+    if not word.isdigit():
+        raise argparse.ArgumentTypeError(f"{word} must be a whole number, at least 0")
+    return int(word)
 
 
 def _place(word: str) -> tuple[int, int]:
@@ -125,6 +127,8 @@ def visualize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     viewing = _viewing(arguments, task.backbone.architecture)
     causal = _causal(arguments, task)
     report = _report(arguments, task, viewing, causal)
+    if viewing.output.exists() and not viewing.output.is_dir():
+        raise ConfigError(f"--output {viewing.output} is a file: give the name of a folder")
     viewing.output.mkdir(parents=True, exist_ok=True)
     pictures, sets = report.draw(), report.measure()
     height, width = viewing.framing.size

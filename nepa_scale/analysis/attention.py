@@ -32,7 +32,8 @@ def attention_rows(backbone: CausalViT, images: Tensor, tokens: Tensor, *, causa
         x, rope, masked = inputs
         rows.append(rows_of_layer(attention, x, rope, tokens, masked))
 
-    hooks = [block.attention.register_forward_pre_hook(keep) for block in backbone.blocks]
+    layers = [module for module in backbone.modules() if isinstance(module, Attention)]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:
         backbone(images, causal=causal)
     finally:

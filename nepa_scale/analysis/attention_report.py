@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nepa_scale.analysis.attention import CLS, AttentionSurvey, attention_rows
 from nepa_scale.analysis.attention_page import draw_attention
@@ -12,6 +14,7 @@ from nepa_scale.analysis.gallery import Viewing
 from nepa_scale.analysis.images import ImageSet, load_pixels
 from nepa_scale.analysis.queries import centre_patch, chosen_patches, grid_of, place_of, sampled_patches
 from nepa_scale.data.batch import normalize
+from nepa_scale.data.listing import Item
 from nepa_scale.models import CausalViT
 
 
@@ -35,7 +38,7 @@ class AttentionReport:
         """
         return [self._draw(*chosen) for chosen in self._viewing.drawn()]
 
-    def _draw(self, one: ImageSet, item: Any, path: Any) -> dict[str, Any]:
+    def _draw(self, one: ImageSet, item: Item, path: Path) -> dict[str, Any]:
         pixels = load_pixels(item, self._viewing.framing)
         grid = grid_of(pixels, self._patch)
         default = (centre_patch(grid), grid[0] * grid[1] - 1)
@@ -64,7 +67,7 @@ class AttentionReport:
             images += 1
         return {"name": one.name, "source": one.source, "images": images, **survey.facts()}
 
-    def _rows(self, pixels: torch.Tensor, patches: torch.Tensor) -> list[torch.Tensor]:
+    def _rows(self, pixels: Tensor, patches: Tensor) -> list[Tensor]:
         images = normalize(pixels[None].to(self._device), torch.zeros(1, dtype=torch.bool, device=self._device))
         return attention_rows(self._backbone, images, (patches + CLS).to(self._device), causal=self._causal)
 

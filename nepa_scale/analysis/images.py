@@ -116,5 +116,5 @@ def _list(source: str) -> Sequence[Item]:
     listing = list_shards(source)
     if listing.left_out:
         key, why = listing.left_out[0]
-        raise ConfigError(f"{key} in {source} cannot be read: {why}")
+        raise ConfigError(f"{source} cannot be read in full: {key}: {why}")
     return listing.items

@@ -40,21 +40,28 @@ class SimilarityMap:
         return int(self.cosines.argmax())
 
 
-def draw_similarity(
-    path: Path, title: str, pixels: Tensor, grid: Grid, queries: list[tuple[int, SimilarityMap, SimilarityMap]]
-) -> None:
+@dataclass(frozen=True)
+class Query:
+    """A patch that is asked about, by its number, and the maps of its prediction and of its own embedding."""
+
+    patch: int
+    prediction: SimilarityMap
+    own: SimilarityMap
+
+
+def draw_similarity(path: Path, title: str, pixels: Tensor, grid: Grid, queries: list[Query]) -> None:
     """Writes the page of one image: for each query a row with the image, the map of the prediction, and that of the
     patch's own embedding, which copying would give.
 
     pixels: uint8 [3, h, w]
-    queries: patch number, prediction, own embedding
     """
     sheet = Sheet()
     sheet.text(Sheet.MARGIN, Sheet.MARGIN, title, 17)
     side = patch_pixels(grid, _LONGEST)
     image = enlarged(pixels, grid, side)
     y = Sheet.MARGIN + 32
-    for patch, prediction, own in queries:
+    for query in queries:
+        patch, prediction, own = query.patch, query.prediction, query.own
         row, column = place_of(patch, grid)
         panels = (
             (f"patch {patch + 1} of {grid[0] * grid[1]}: row {row}, column {column}", image, patch),

@@ -12,7 +12,7 @@ from nepa_scale.analysis.gallery import Viewing
 from nepa_scale.analysis.images import ImageSet, load_pixels
 from nepa_scale.analysis.queries import Grid, centre_patch, chosen_patches, grid_of, place_of
 from nepa_scale.analysis.retrieval import NextPatchRetrieval, cosines, ranks
-from nepa_scale.analysis.similarity_page import SimilarityMap, draw_similarity
+from nepa_scale.analysis.similarity_page import Query, SimilarityMap, draw_similarity
 from nepa_scale.config import ConfigError
 from nepa_scale.data.batch import normalize
 from nepa_scale.data.listing import Item
@@ -45,23 +45,14 @@ class SimilarityReport:
         count = grid[0] * grid[1]
         patches = chosen_patches(self._viewing.places, (centre_patch(grid), count - 2), grid, count - 1, item.key)
         queries = [
-            (
+            Query(
                 patch,
-                *(_map_of(vectors[patch + 1], embeddings[1:], patch, grid) for vectors in (predictions, embeddings)),
+                *(_map_of(tokens[patch + 1], embeddings[1:], patch, grid) for tokens in (predictions, embeddings)),
             )
             for patch in patches
         ]
         draw_similarity(path, f"{item.key}: cosine with the embedding of each patch", pixels, grid, queries)
-        shown = [
-            {
-                "place": list(place_of(patch, grid)),
-                **{
-                    name: {"cosine": float(found.cosines.flat[patch + 1]), "rank": found.rank}
-                    for name, found in (("model", prediction), ("copy", own))
-                },
-            }
-            for patch, prediction, own in queries
-        ]
+        shown = [_facts(query, grid) for query in queries]
         return {"file": path.name, "image": item.key, "set": one.name, "grid": list(grid), "queries": shown}
 
     def measure(self) -> list[dict[str, Any]]:
@@ -95,6 +86,13 @@ class SimilarityReport:
 def _map_of(vector: Tensor, patches: Tensor, patch: int, grid: Grid) -> SimilarityMap:
     found = cosines(vector[None], patches).cpu()
     return SimilarityMap(found.view(grid).numpy(), float(ranks(found, torch.tensor([patch + 1]))))
+
+
+def _facts(query: Query, grid: Grid) -> dict[str, Any]:
+    found: dict[str, Any] = {"place": list(place_of(query.patch, grid))}
+    for name, one in (("model", query.prediction), ("copy", query.own)):
+        found[name] = {"cosine": float(one.cosines.flat[query.patch + 1]), "rank": one.rank}
+    return found
 
 
 def describe_similarity(sets: list[dict[str, Any]]) -> str:
