@@ -26,8 +26,8 @@ from nepa_scale.analysis.gallery import INDEX, Viewing, write_gallery
 from nepa_scale.analysis.images import Framing, ImageSet
 from nepa_scale.analysis.similarity_report import SimilarityReport, describe_similarity
 from nepa_scale.command_line import Parser, deliver, positive, run, sides
-from nepa_scale.config import ConfigError
-from nepa_scale.evaluation.loading import load_any
+from nepa_scale.config import Config, ConfigError
+from nepa_scale.evaluation.loading import attends_causally, load_any
 from nepa_scale.models import Architecture
 from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.training.export import KINDS
@@ -122,11 +122,15 @@ def main() -> int:
 def visualize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Draws, measures and writes the gallery; returns what is reported, as facts and in words."""
     began = time.monotonic()
-    task, _, weights = load_any(arguments.checkpoint, arguments.weights)
+    task, config, weights = load_any(arguments.checkpoint, arguments.weights)
     task.to("cuda" if torch.cuda.is_available() else "cpu")
     viewing = _viewing(arguments, task.backbone.architecture)
-    causal = _causal(arguments, task)
-    report = _report(arguments, task, viewing, causal)
+    causal = attends_causally(task) if arguments.causal is None else arguments.causal
+    report: AttentionReport | SimilarityReport
+    if arguments.command == "attention":
+        report = AttentionReport(task.backbone, causal, viewing, arguments.sampled)
+    else:
+        report = SimilarityReport(_predicting(task, config, arguments.checkpoint), viewing)
     if viewing.output.exists() and not viewing.output.is_dir():
         raise ConfigError(f"--output {viewing.output} is a file: give the name of a folder")
     viewing.output.mkdir(parents=True, exist_ok=True)
@@ -171,29 +175,21 @@ def _viewing(arguments: argparse.Namespace, architecture: Architecture) -> Viewi
     )
 
 
-def _causal(arguments: argparse.Namespace, task: NextEmbedding | Classifier) -> bool:
-    """As asked, or as the weights were trained; a prediction is always made as it was trained."""
-    trained = task.causal if isinstance(task, Classifier) else task.objective.causal
-    asked: bool | None = arguments.causal
-    return trained if asked is None else asked
-
-
-def _report(
-    arguments: argparse.Namespace, task: NextEmbedding | Classifier, viewing: Viewing, causal: bool
-) -> AttentionReport | SimilarityReport:
-    if arguments.command == "attention":
-        return AttentionReport(task.backbone, causal, viewing, arguments.sampled)
+def _predicting(task: NextEmbedding | Classifier, config: Config | None, checkpoint: Path) -> NextEmbedding:
+    """The task, where its outputs are predictions of the next embedding."""
     if not isinstance(task, NextEmbedding):
         raise ConfigError(
-            f"{arguments.checkpoint} is a classifier, whose outputs predict no embeddings any more: give the "
-            "pretrained checkpoint that it came from"
+            f"{checkpoint} is a classifier, whose outputs predict no embeddings any more: give the pretrained "
+            "checkpoint that it came from"
         )
+    if config is not None and config.objective.name != "next_embedding":
+        raise ConfigError(f"{checkpoint} was trained by {config.objective.name}: it predicts no next embedding")
     if not task.objective.shift:
         raise ConfigError(
-            f"{arguments.checkpoint} was trained with objective.shift=false: it predicts each patch's own embedding, "
-            "not the next one's"
+            f"{checkpoint} was trained with objective.shift=false: it predicts each patch's own embedding, not the "
+            "next one's"
         )
-    return SimilarityReport(task, viewing)
+    return task
 
 
 if __name__ == "__main__":

@@ -252,15 +252,18 @@ def test_refusals_are_one_clear_line(
 
 
 @pytest.mark.slow
-def test_a_run_folder_and_one_that_predicts_no_next_patch(program: Program, tmp_path: Path) -> None:
+def test_run_folders_of_several_objectives(program: Program, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
-    for shift in ("true", "false"):
-        run = tmp_path / f"run_{shift}"
-        done = run_training([*TINY, f"data.train={shards}", f"output={run}", f"objective.shift={shift}"])
+    for name, keys in {"next": [], "same": ["objective.shift=false"], "mae": ["objective.name=mae"]}.items():
+        done = run_training([*TINY, f"data.train={shards}", f"output={tmp_path / name}", *keys])
         assert done.returncode == 0, done.stderr[-2000:]
-    status, out, err = program("similarity", tmp_path / "run_true", shards, "--limit", 8)
+    status, out, err = program("similarity", tmp_path / "next", shards, "--limit", 8)
     assert status == 0, err
-    assert "(ema weights)" in out
-    status, _, err = program("similarity", tmp_path / "run_false", shards)
-    assert status == 2
-    assert "predicts each patch's own embedding" in err
+    assert "(ema weights), causal" in out
+    for name, why in {"same": "predicts each patch's own embedding", "mae": "was trained by mae"}.items():
+        status, _, err = program("similarity", tmp_path / name, shards)
+        assert status == 2
+        assert why in err
+    status, out, err = program("attention", tmp_path / "mae", shards, "--limit", 8)
+    assert status == 0, err
+    assert "(ema weights), bidirectional" in out
