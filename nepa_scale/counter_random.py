@@ -9,6 +9,7 @@ once for each word that is folded in.
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -62,6 +63,19 @@ def uniform(keys: Tensor, *words: int | str, count: int = 1) -> Tensor:
     counter = torch.arange(count, device=keys.device, dtype=torch.int64).unsqueeze(0)
     bits = _finalise_tensor(state + (counter + 1) * _signed(_GAMMA))
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def uniform_each(keys: Tensor, purposes: tuple[tuple[int | str, ...], ...]) -> Tensor:
+    """What `uniform` gives for each purpose (its words) and key, float32 [purposes, B], in one go."""
+    apart = keys + _offsets(purposes, keys.device).unsqueeze(1)
+    return uniform(apart.flatten()).view(len(purposes), -1)
+
+
+@lru_cache(maxsize=16)
+def _offsets(purposes: tuple[tuple[int | str, ...], ...], device: torch.device) -> Tensor:
+    """int64 [purposes], kept: to copy them to a device at each use would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor([_signed(hash_words(*words)) for words in purposes], dtype=torch.int64, device=device)
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:

@@ -12,11 +12,13 @@ Shapes: B images, T tokens, D width, H heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nepa_scale.counter_random import uniform
+from nepa_scale.counter_random import uniform_each
 from nepa_scale.models.rope import rotate
 
 NORM_EPS = 1e-12
@@ -147,13 +149,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm block on the fp32 residual stream [B, T, D]."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_width: int, *, gated: bool, qk_norm: str, layer_scale: bool, drop_path: float,
-        index: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, width: int, heads: int, mlp_width: int, *, gated: bool, qk_norm: str, layer_scale: bool) -> None:
         super().__init__()
-        self.index = index
-        self.drop_path = drop_path
         self.attention_norm = LayerNorm(width)
         self.attention = Attention(width, heads, qk_norm)
         self.mlp_norm = LayerNorm(width)
@@ -167,19 +164,40 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         causal: bool,
         dtype: torch.dtype,
-        sample_keys: Tensor | None,
+        kept: Tensor | None,
     ) -> Tensor:
-        """x: fp32 [B, T, D]; dtype: of the matrix products; sample_keys: int64 [B], whence drop path is drawn."""
-        mixed = self.attention(self.attention_norm(x, dtype), rope, causal)
-        x = x + self._branch(mixed, self.attention_scale, "attention", sample_keys)
-        hidden = self.mlp(self.mlp_norm(x, dtype))
-        return x + self._branch(hidden, self.mlp_scale, "mlp", sample_keys)
+        """x: fp32 [B, T, D]; dtype: of the matrix products; kept: the block's factors of `drop_path_factors`.
 
-    def _branch(self, y: Tensor, scale: Tensor | None, name: str, sample_keys: Tensor | None) -> Tensor:
-        if scale is not None:
-            scale = scale.to(y.dtype).float()
-        y = y.float() if scale is None else y.float() * scale
-        if self.training and self.drop_path > 0 and sample_keys is not None:
-            kept = uniform(sample_keys, "drop_path", name, self.index) >= self.drop_path
-            y = y * (kept.float() / (1.0 - self.drop_path)).unsqueeze(-1)
-        return y
+        What differs from block to block is a tensor, not a number, so that compiled blocks share one graph.
+        """
+        kept_attention, kept_mlp = (None, None) if kept is None else kept.unbind(0)
+        mixed = self.attention(self.attention_norm(x, dtype), rope, causal)
+        x = x + _branch(mixed, self.attention_scale, kept_attention)
+        hidden = self.mlp(self.mlp_norm(x, dtype))
+        return x + _branch(hidden, self.mlp_scale, kept_mlp)
+
+
+def _branch(y: Tensor, scale: Tensor | None, kept: Tensor | None) -> Tensor:
+    """A branch [B, T, D] as it is added to the stream: in fp32, scaled by channel [D] and by sample [B, 1, 1]."""
+    y = y.float() if scale is None else y.float() * scale.to(y.dtype).float()
+    return y if kept is None else y * kept
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Of the blocks: linear from 0 in the first to `rate` in the last."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def drop_path_factors(sample_keys: Tensor, rates: Sequence[float]) -> list[Tensor | None]:
+    """For each block what its branches, attention and MLP, are multiplied with: float32 [2, B, 1, 1].
+
+    A dropped branch by 0, a kept one by 1 / (1 - rate), drawn for each sample from its key. None where the rate is 0.
+    """
+    dropping = [index for index, rate in enumerate(rates) if rate > 0]
+    factors: list[Tensor | None] = [None] * len(rates)
+    if dropping:
+        branches = tuple(("drop_path", name, index) for index in dropping for name in ("attention", "mlp"))
+        drawn = uniform_each(sample_keys, branches).view(len(dropping), 2, -1, 1, 1)
+        for index, numbers in zip(dropping, drawn.unbind(0), strict=True):
+            factors[index] = (numbers >= rates[index]).float() / (1.0 - rates[index])
+    return factors

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nepa_scale.config import ModelConfig
 from nepa_scale.models.initialization import initialize_module
-from nepa_scale.models.layers import Block, LayerNorm, PatchEmbedding
+from nepa_scale.models.layers import Block, LayerNorm, PatchEmbedding, drop_path_factors, drop_path_rates
 from nepa_scale.models.rope import rope_tables
 from nepa_scale.models.selection import select, select_tables, with_cls
 from nepa_scale.models.sizes import Architecture, resolve_architecture
@@ -53,10 +53,8 @@ class CausalViT(nn.Module):
                 gated=a.gated,
                 qk_norm=a.qk_norm,
                 layer_scale=a.layer_scale is not None,
-                drop_path=a.drop_path * index / max(a.depth - 1, 1),
-                index=index,
             )
-            for index in range(a.depth)
+            for _ in range(a.depth)
         )
         self.norm = LayerNorm(a.width)
 
@@ -89,9 +87,12 @@ class CausalViT(nn.Module):
         if visible is not None:
             tokens = with_cls(visible)
             inputs, rope = select(inputs, tokens), rope and select_tables(rope, tokens)
+        kept: list[Tensor | None] = [None] * len(self.blocks)
+        if self.training and sample_keys is not None:
+            kept = drop_path_factors(sample_keys, drop_path_rates(self.architecture.drop_path, len(self.blocks)))
         x = inputs.float()
-        for block in self.blocks:
-            x = block(x, rope, causal, self.dtype, sample_keys)
+        for block, factors in zip(self.blocks, kept, strict=True):
+            x = block(x, rope, causal, self.dtype, factors)
         return embeddings, self.norm(x, self.dtype)
 
     def hidden_states(self, images: Tensor, blocks: Sequence[int], *, causal: bool = True) -> list[Tensor]:

@@ -73,12 +73,9 @@ class Decoder(nn.Module):
         self.embed = Linear(encoder.width, own.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, own.width))
         self.blocks = nn.ModuleList(
-            Block(
-                own.width, own.heads, own.mlp_width, gated=False, qk_norm="none", layer_scale=False, drop_path=0.0,
-                index=index,
-            )
-            for index in range(own.depth)
-        )  # fmt: skip
+            Block(own.width, own.heads, own.mlp_width, gated=False, qk_norm="none", layer_scale=False)
+            for _ in range(own.depth)
+        )
         self.norm = LayerNorm(own.width)
         self.head = Linear(own.width, outputs)
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from nepa_scale.config import ModelConfig
-from nepa_scale.models import CausalViT, build_vit, initialize_module, resolve_architecture
-from nepa_scale.models.layers import Block, convolve_patches, multiply_patches
+from nepa_scale.counter_random import uniform
+from nepa_scale.models import CausalViT, initialize_module, resolve_architecture
+from nepa_scale.models.layers import Block, convolve_patches, drop_path_factors, drop_path_rates, multiply_patches
 from tests.models.reference import randomize
 from tests.models.test_against_reference import TINY, build, images_for
 
@@ -98,32 +99,39 @@ def test_the_dtype_in_which_parameters_arrive_makes_no_difference(layer_scale: f
 # drop path
 
 
-def drop_path_block(rate: float) -> Block:
-    block = Block(16, 2, 32, gated=False, qk_norm="none", layer_scale=True, drop_path=rate, index=3)
-    randomize(block)
-    return block
-
-
-def run_block(block: Block, x: Tensor, keys: Tensor | None) -> Tensor:
-    with torch.no_grad():
-        return block(x, None, True, torch.float32, keys)
-
-
-@pytest.mark.parametrize("kept_branch", ["attention_scale", "mlp_scale"])
-def test_drop_path_keeps_the_expectation(kept_branch: str) -> None:
+def test_drop_path_keeps_the_expectation() -> None:
     rate, count = 0.3, 20_000
-    block = drop_path_block(rate).train()
-    other = {"attention_scale": "mlp_scale", "mlp_scale": "attention_scale"}[kept_branch]
+    first, last = drop_path_factors(torch.arange(count), drop_path_rates(rate, 2))
+    assert first is None
+    assert last is not None
+    assert last.shape == (2, count, 1, 1)
+    for factors in last:
+        kept = factors > 0
+        assert kept.float().mean().item() == pytest.approx(1 - rate, abs=4 * (rate * (1 - rate) / count) ** 0.5)
+        assert factors[kept].unique().tolist() == pytest.approx([1 / (1 - rate)])
+
+
+def test_drop_path_factors_are_those_of_uniform() -> None:
+    keys = torch.arange(9) * 7919
+    factors = drop_path_factors(keys, [0.0, 0.4])[1]
+    assert factors is not None
+    for drawn, branch in zip(factors.flatten(1), ("attention", "mlp"), strict=True):
+        assert torch.equal(drawn > 0, uniform(keys, "drop_path", branch, 1).flatten() >= 0.4)
+
+
+@pytest.mark.parametrize(("branch", "other"), [("attention", "mlp"), ("mlp", "attention")])
+def test_a_factor_multiplies_its_branch(branch: str, other: str) -> None:
+    block = Block(16, 2, 32, gated=False, qk_norm="none", layer_scale=True)
+    randomize(block)
     with torch.no_grad():
-        getattr(block, other).zero_()
-    x = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(0))
-    update = run_block(block.eval(), x, None) - x
-    dropped = run_block(block.train(), x.expand(count, -1, -1), torch.arange(count)) - x
-    kept = dropped.abs().amax(dim=(1, 2)) > 0
-    assert kept.float().mean().item() == pytest.approx(1 - rate, abs=4 * (rate * (1 - rate) / count) ** 0.5)
-    torch.testing.assert_close(
-        dropped[kept], (update / (1 - rate)).expand(int(kept.sum()), -1, -1), rtol=1e-5, atol=1e-5
-    )
+        getattr(block, f"{other}_scale").zero_()
+    x = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0))
+    factors = torch.ones(2, 3, 1, 1)
+    factors[("attention", "mlp").index(branch)] = torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1)
+    with torch.no_grad():
+        plain = block(x, None, True, torch.float32, None) - x
+        scaled = block(x, None, True, torch.float32, factors) - x
+    torch.testing.assert_close(scaled, plain * torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_drop_path_is_a_function_of_the_sample_alone() -> None:
@@ -145,17 +153,9 @@ def test_drop_path_is_a_function_of_the_sample_alone() -> None:
 def test_drop_path_draws_branches_and_layers_apart() -> None:
     """Which samples keep a branch, over branches and layers: uncorrelated rows."""
     count = 4096
-    rows = []
-    for index in (0, 1):
-        for branch in ("attention_scale", "mlp_scale"):
-            block = Block(8, 2, 8, gated=False, qk_norm="none", layer_scale=True, drop_path=0.5, index=index)
-            randomize(block)
-            with torch.no_grad():
-                getattr(block, {"attention_scale": "mlp_scale", "mlp_scale": "attention_scale"}[branch]).zero_()
-            x = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(0)).expand(count, -1, -1)
-            moved = run_block(block.train(), x, torch.arange(count)) - x
-            rows.append((moved.abs().amax(dim=(1, 2)) > 0).float())
-    correlation = torch.corrcoef(torch.stack(rows)) - torch.eye(4)
+    factors = [each for each in drop_path_factors(torch.arange(count), [0.5, 0.5]) if each is not None]
+    rows = (torch.stack(factors).view(4, count) > 0).float()
+    correlation = torch.corrcoef(rows) - torch.eye(4)
     assert correlation.abs().max() < 5 / count**0.5
 
 
@@ -170,9 +170,8 @@ def test_drop_path_is_off_in_evaluation_and_without_keys() -> None:
 
 
 def test_drop_path_grows_linearly_with_depth() -> None:
-    rates = [block.drop_path for block in build_vit(**TINY | {"depth": 5}, drop_path=0.2).blocks]
-    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
-    assert [block.drop_path for block in build_vit(**TINY | {"depth": 1}, drop_path=0.2).blocks] == [0.0]
+    assert drop_path_rates(0.2, 5) == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    assert drop_path_rates(0.2, 1) == [0.0]
 
 
 def test_initialization_fills_whatever_was_there() -> None:
