@@ -51,6 +51,7 @@ from nepa_scale.training.run_lock import RunLock
 from nepa_scale.training.signals import EXIT_STOPPED, describe, stop_signals
 from nepa_scale.training.skips import TooManySkipped, TrainingFailure
 from nepa_scale.training.summary import print_plan, print_summary
+from nepa_scale.training.teacher import make_teacher
 from nepa_scale.training.update_guard import UpdateGuard
 from nepa_scale.training.watchdog import Watchdog
 
@@ -159,6 +160,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
             task=task,
             strategy=strategy,
             average=average,
+            teacher=make_teacher(config, strategy, average),
             guard=UpdateGuard(config.train.spike_factor, world.device),
             probe=None if config.compile else BackwardProbe(strategy.module, world.device),
             plan=plan,

@@ -2,12 +2,14 @@
 
 from nepa_scale.objectives.classification import Classifier
 from nepa_scale.objectives.diagnostics import collapse_diagnostics, effective_rank
+from nepa_scale.objectives.jepa import JointEmbedding
 from nepa_scale.objectives.mae import MaskedAutoencoder
 from nepa_scale.objectives.next_embedding import NextEmbedding, draw_rope_scale, next_embedding_loss, random_mask
-from nepa_scale.objectives.pretext import Pretext, build_pretext, is_causal, pretext_diagnostics
+from nepa_scale.objectives.pretext import Pretext, build_pretext, is_causal, needs_teacher, pretext_diagnostics
 
 __all__ = [
     "Classifier",
+    "JointEmbedding",
     "MaskedAutoencoder",
     "NextEmbedding",
     "Pretext",
@@ -16,6 +18,7 @@ __all__ = [
     "draw_rope_scale",
     "effective_rank",
     "is_causal",
+    "needs_teacher",
     "next_embedding_loss",
     "pretext_diagnostics",
     "random_mask",

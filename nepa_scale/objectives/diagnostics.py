@@ -34,14 +34,23 @@ def collapse_diagnostics(embeddings: Tensor, predictions: Tensor) -> dict[str, T
     # a copy is only possible from a patch: the first target follows CLS
     copy = (z[:, 1:-1] * z[:, 2:]).sum(-1)
     nearer_to_current = (h[:, 1:-1] * z[:, 1:-1]).sum(-1) > cosine[:, 1:]
-    flat = targets.flatten(0, 1)
-    mean = flat.mean(0)
-    count = flat.shape[0]
+    mean = targets.mean((0, 1))
     return {
         "one_plus_loss": 1.0 - cosine.mean(),
         "centred_cosine": F.cosine_similarity(predicted - mean, targets - mean, dim=-1).mean(),
         "copy_cosine": copy.mean(),
         "copy_win": nearer_to_current.float().mean(),
+        **target_diagnostics(targets),
+    }
+
+
+@torch.no_grad()
+def target_diagnostics(targets: Tensor) -> dict[str, Tensor]:
+    """The last three of `collapse_diagnostics`, of targets [B, n, D]."""
+    flat = F.normalize(targets.float(), dim=-1).flatten(0, 1)
+    mean = flat.mean(0)
+    count = flat.shape[0]
+    return {
         "embedding_std": flat.std(0, unbiased=False).mean(),
         "effective_rank": effective_rank(flat[_spectrum_rows(count, flat.device)]),
         "target_cosine": (count * mean.square().sum() - 1.0) / (count - 1),

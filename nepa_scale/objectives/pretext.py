@@ -6,12 +6,13 @@ from torch import Tensor
 
 from nepa_scale.config import ObjectiveConfig
 from nepa_scale.models import CausalViT
-from nepa_scale.objectives.diagnostics import collapse_diagnostics
+from nepa_scale.objectives.diagnostics import collapse_diagnostics, target_diagnostics
+from nepa_scale.objectives.jepa import JointEmbedding
 from nepa_scale.objectives.mae import MaskedAutoencoder
 from nepa_scale.objectives.next_embedding import NextEmbedding
 
-Pretext = NextEmbedding | MaskedAutoencoder
-PRETRAINING_ONLY = ("decoder.",)  # how the names of parameters begin that no backbone has
+Pretext = NextEmbedding | MaskedAutoencoder | JointEmbedding
+PRETRAINING_ONLY = ("decoder.", "predictor.")  # how the names of parameters begin that no backbone has
 
 
 def build_pretext(backbone: CausalViT, objective: ObjectiveConfig) -> Pretext:
@@ -29,11 +30,16 @@ def encoding(objective: ObjectiveConfig) -> ObjectiveConfig:
     return objective if objective.name == "next_embedding" else ObjectiveConfig(causal=is_causal(objective))
 
 
+def needs_teacher(objective: ObjectiveConfig) -> bool:
+    """Whether the module takes `targets` from the moving average of its own weights."""
+    return objective.name == "jepa"
+
+
 def pretext_diagnostics(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What to log beside the loss, from a module's outputs: float32 scalars on the device."""
     if "embeddings" in outputs:
         return collapse_diagnostics(outputs["embeddings"], outputs["predictions"])
-    return {}
+    return target_diagnostics(outputs["targets"]) if "targets" in outputs else {}
 
 
-_MODULES: dict[str, type[Pretext]] = {"next_embedding": NextEmbedding, "mae": MaskedAutoencoder}
+_MODULES: dict[str, type[Pretext]] = {"next_embedding": NextEmbedding, "mae": MaskedAutoencoder, "jepa": JointEmbedding}

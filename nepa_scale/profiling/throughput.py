@@ -28,6 +28,7 @@ from nepa_scale.sharding import Strategy, World, build_strategy, choose_strategy
 from nepa_scale.training.batching import BatchPlan, plan_batches, step_settings
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.pretraining import Pretraining
+from nepa_scale.training.teacher import make_teacher
 
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
 _COLLECTIVES = (
@@ -102,6 +103,7 @@ class StepRunner:
         self.task.initialize(self.strategy.shards)
         self.strategy.refresh()
         self.average = MovingAverage(self.strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
+        self.teacher = make_teacher(config, self.strategy, self.average)
         self.stream = self._open_stream()
         self.batches: Iterator[Batch] = iter(self.stream) if self.stream is not None else self._same_batch()
 
@@ -136,7 +138,10 @@ class StepRunner:
         for micro_step in range(self.plan.accumulation):
             batch = next(self.batches).to_device(self.world.device)
             mark("data")
-            outputs = self.strategy.forward_backward(self.task.inputs(batch, 0), micro_step)
+            inputs = self.task.inputs(batch, 0)
+            if self.teacher is not None:
+                inputs = self.teacher.teach(inputs)
+            outputs = self.strategy.forward_backward(inputs, micro_step)
             mark("backward")
         norm = self.strategy.step(1e-6)
         if self.average is not None:

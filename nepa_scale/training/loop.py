@@ -24,6 +24,7 @@ from nepa_scale.training.optimization import learning_rate
 from nepa_scale.training.progress import TerminalProgress, Tracker
 from nepa_scale.training.run_folder import JsonLines
 from nepa_scale.training.skips import SKIPPED_STEPS, SkipLog
+from nepa_scale.training.teacher import Teacher
 from nepa_scale.training.update_guard import UpdateGuard
 from nepa_scale.training.watchdog import Watchdog
 
@@ -92,6 +93,7 @@ class Run:
     task: Task
     strategy: Strategy
     average: MovingAverage | None
+    teacher: Teacher | None
     guard: UpdateGuard
     probe: BackwardProbe | None  # None: what is compiled cannot be looked into
     plan: BatchPlan
@@ -176,6 +178,8 @@ def _accumulate(
         waited += time.perf_counter() - began
         run.watchdog.at(step, "computing", patient=patient)
         inputs = run.task.inputs(batch.to_device(run.world.device), step - 1)
+        if run.teacher is not None:
+            inputs = run.teacher.teach(inputs)
         outputs = run.strategy.forward_backward(inputs, micro_step)
         losses.append(outputs["loss"])
         keys += batch.keys
