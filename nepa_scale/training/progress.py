@@ -123,10 +123,10 @@ def with_progress(items: Iterable[T], title: str, count: int) -> Iterator[T]:
             now = time.monotonic()
             rate = done / max(now - began, 1e-9)
             if live is not None:
-                live.update(task, completed=done, rate=f"{rate:,.1f}/s")
+                live.update(task, completed=done, rate=f"{rate:,.3g}/s")
             elif now > said + SECONDS_BETWEEN_LINES:
                 said, left = now, format_duration((count - done) / rate)
-                print(f"{title} {done}/{count}, {rate:,.1f}/s, {left} left", file=sys.stderr, flush=True)
+                print(f"{title} {done}/{count}, {rate:,.3g}/s, {left} left", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
