@@ -4,7 +4,7 @@ It serves pretraining only. It differs from the backbone's in that attention is 
 keys, LayerScale and drop path are off and the MLP is GELU of four times the width, whatever the backbone has, as in
 both papers; position is rotary as there.
 
-Shapes: B images, K visible and M hidden patches, D width of the encoder, W of the decoder.
+Shapes: B images, K visible patches, n sets of M hidden ones, D width of the encoder.
 """
 
 from __future__ import annotations
@@ -82,18 +82,20 @@ class Decoder(nn.Module):
     def forward(
         self, seen: Tensor, visible: Tensor, hidden: Tensor, grid: tuple[int, int], rope_scale: Tensor | None
     ) -> Tensor:
-        """[B, M, outputs] in `dtype`, in the order of `hidden`.
+        """[B, n, M, outputs] in `dtype`, in the order of `hidden`.
 
         seen: [B, 1 + K, D], the encoder's output, CLS first
-        visible, hidden: int64 [B, K] and [B, M], which patches, counted row by row
+        visible: int64 [B, K], which patches these are, counted row by row
+        hidden: int64 [B, n, M], the patches to tell: n sets of an image, each told by itself
         grid: patches per column and per row
         rope_scale: float32 [], that of the encoder's coordinates; None: 1
         """
-        own, count = self.own, hidden.shape[1]
+        own, (batch, sets, count) = self.own, hidden.shape
         tables = rope_tables(grid, own.head_dim, own.rope_theta, seen.device, rope_scale)
-        rope = select_tables(tables, with_cls(torch.cat([visible, hidden], dim=1)))
-        x = self.embed(seen)
-        x = torch.cat([x, self.mask_token.to(x.dtype).expand(x.shape[0], count, -1)], dim=1).float()
+        patches = torch.cat([visible.repeat_interleave(sets, 0), hidden.flatten(0, 1)], dim=1)
+        rope = select_tables(tables, with_cls(patches))
+        x = self.embed(seen).repeat_interleave(sets, 0)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(batch * sets, count, -1)], dim=1).float()
         for block in self.blocks:
             x = block(x, rope, False, self.dtype, None)
-        return self.head(self.norm(x[:, -count:], self.dtype))
+        return self.head(self.norm(x[:, -count:], self.dtype)).unflatten(0, (batch, sets))

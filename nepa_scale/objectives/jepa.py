@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nepa_scale.config import ObjectiveConfig
 from nepa_scale.models import Architecture, CausalViT
 from nepa_scale.models.selection import select
-from nepa_scale.objectives.blocks import TARGETS, blocks_of, draw_blocks
+from nepa_scale.objectives.blocks import blocks_of, draw_blocks
 from nepa_scale.objectives.decoder import Decoder, decoder_architecture
 
 SHARE, MOST = 1 / 2, (384, 12)  # of the encoder's width and depth: the paper's predictors beside ViT-B, L and H
@@ -68,15 +68,7 @@ class JointEmbedding(nn.Module):
         assert taught is not None, "there is nothing to predict without a teacher's outputs"
         context, blocks = draw_blocks(sample_keys, self.layout)
         _, seen = self.backbone(images, causal=False, rope_scale=rope_scale, visible=context, sample_keys=sample_keys)
-        # each block is told by itself: those of an image are rows of one batch
-        told = self.predictor(
-            seen.repeat_interleave(TARGETS, 0),
-            context.repeat_interleave(TARGETS, 0),
-            blocks.flatten(0, 1),
-            self.layout.grid,
-            rope_scale,
-        )
-        told = told.view(images.shape[0], -1, told.shape[-1])
+        told = self.predictor(seen, context, blocks, self.layout.grid, rope_scale).flatten(1, 2)
         with torch.autocast(told.device.type, enabled=False):
             targets = F.layer_norm(taught[:, 1:].float(), taught.shape[-1:])
             targets = select(targets, blocks.flatten(1)).detach()

@@ -98,7 +98,7 @@ class MaskedAutoencoder(nn.Module):
         patches = grid[0] * grid[1]
         visible, hidden = hide(sample_keys, patches, round(self.objective.mae.hidden * patches))
         _, seen = self.backbone(images, causal=False, rope_scale=rope_scale, visible=visible, sample_keys=sample_keys)
-        pixels = self.decoder(seen, visible, hidden, grid, rope_scale)
+        pixels = self.decoder(seen, visible, hidden.unsqueeze(1), grid, rope_scale).squeeze(1)
         targets = select(normalized_pixels(images, p), hidden)
         with torch.autocast(pixels.device.type, enabled=False):
             loss = (pixels.float() - targets).square().mean()

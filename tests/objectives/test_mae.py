@@ -79,8 +79,8 @@ def test_the_decoder_knows_which_patch_it_is_asked_for() -> None:
     module, images, keys = task(), photographs(2), torch.arange(2)
     visible, hidden = chosen(module, keys)
     _, seen = module.backbone(images, causal=False, visible=visible)
-    told = module.decoder(seen, visible, hidden, (4, 4), None)
-    again = module.decoder(seen, visible, hidden.flip(1), (4, 4), None)
+    told = module.decoder(seen, visible, hidden.unsqueeze(1), (4, 4), None)[:, 0]
+    again = module.decoder(seen, visible, hidden.flip(1).unsqueeze(1), (4, 4), None)[:, 0]
     torch.testing.assert_close(again, told.flip(1))
     assert (told[:, 0] - told[:, 1]).abs().amax(1).min() > 1e-3
 
