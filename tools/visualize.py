@@ -83,7 +83,7 @@ def _add_common(parser: argparse.ArgumentParser, default: str) -> None:
         "images", nargs="+", metavar="[NAME=]IMAGES", help="an image, a folder or shards: a set each, named or not"
     )
     parser.add_argument(
-        "--query", type=_place, nargs="+", default=[], metavar="ROW,COL",
+        "--query", type=_place, nargs="+", action="extend", default=[], metavar="ROW,COL",
         help=f"patches, counted from 0,0 at the upper left (default: {default})",
     )  # fmt: skip
     parser.add_argument("--pictures", type=_count, default=8, metavar="N", help="images of each set drawn (default: 8)")

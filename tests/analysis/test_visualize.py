@@ -115,15 +115,34 @@ def test_attention_of_a_folder(program: Program, pretrained: Path, photographs: 
 
 
 def test_whole_images_at_another_size_both_ways(program: Program, pretrained: Path, photographs: Path) -> None:
-    arguments = ("attention", pretrained, photographs, "--whole", "--image-size", 48, "--query", "0,0", "5,7")
-    status, _, err = program(*arguments, "--bidirectional", "--pictures", 1)
-    assert status == 0, err
-    status, out, err = program(*arguments, "--causal", "--pictures", 1, "--limit", 2, "--json", "-")
-    assert status == 0, err
-    facts = json.loads(out)
-    assert facts["pictures"][0]["grid"] == [6, 9]
-    assert facts["pictures"][0]["queries"] == [[0, 0], [5, 7]]
-    assert facts["sets"][0]["images"] == 2
+    arguments = (
+        "attention",
+        pretrained,
+        photographs,
+        "--whole",
+        "--image-size",
+        48,
+        "--query",
+        "0,0",
+        "--query",
+        "5,7",
+    )
+    backbone = load_official(pretrained).task.backbone
+    items = ImageSet.open(str(photographs)).items
+    for causal, word in ((True, "--causal"), (False, "--bidirectional")):
+        status, out, err = program(*arguments, word, "--pictures", 1, "--limit", 2, "--json", "-")
+        assert status == 0, err
+        facts = json.loads(out)
+        assert facts["pictures"][0]["grid"] == [6, 9]
+        assert facts["pictures"][0]["queries"] == [[0, 0], [5, 7]]
+        assert facts["sets"][0]["images"] == 2
+        shares = []
+        for number, item in enumerate([items[0], items[1]]):
+            pixels = load_pixels(item, Framing((48, 48), PATCH, whole=True))[None]
+            count = pixels.shape[2] * pixels.shape[3] // PATCH**2
+            images, tokens = normalize(pixels, torch.zeros(1, dtype=torch.bool)), sampled_patches(16, count, number) + 1
+            shares.append(attention_rows(backbone, images, tokens, causal=causal)[2][0, 0, :, 0])
+        assert facts["sets"][0]["layers"][2]["cls_share"][0] == pytest.approx(float(torch.cat(shares).mean()), rel=1e-5)
 
 
 def test_a_classifier_attends_as_it_was_trained(program: Program, classifier: Path, photographs: Path) -> None:
@@ -180,6 +199,19 @@ def test_the_cosine_is_the_loss(program: Program, pretrained: Path, photographs:
         losses.append(float(next_embedding_loss(made["embeddings"][:, 1:], made["predictions"][:, 1:])))
     found = json.loads(out)["sets"][0]["cosine"]["model"]
     assert found == pytest.approx(-sum(losses) / len(losses), abs=1e-5)
+
+
+def test_an_image_of_the_models_size_is_not_touched_and_others_lose_no_more_than_they_must(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    square, wide = (random.integers(0, 256, (SIDE, width, 3), dtype=np.uint8) for width in (SIDE, SIDE + 12))
+    framing = Framing((SIDE, SIDE), PATCH)
+    for name, pixels in (("square", square), ("wide", wide)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    found = {item.key: load_pixels(item, framing).permute(1, 2, 0) for item in ImageSet.open(str(tmp_path)).items}
+    assert np.array_equal(found["square"], square)
+    assert np.array_equal(found["wide"], wide[:, 6:-6])
+    (item,) = ImageSet.open(str(tmp_path / "wide.png")).items
+    assert load_pixels(item, Framing((16, 16), PATCH, whole=True)).shape == (3, 16, 24)  # 22 is nearer to 24 than to 16
 
 
 def test_a_map_is_laid_on_its_patches() -> None:
