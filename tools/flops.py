@@ -6,10 +6,14 @@ work does not. Attention counts in full; the halved figures give causal attentio
 backward; hardware FLOPs add what is computed twice: recomputed activations and, in a fused attention kernel's backward
 pass, the scores. MFU is the rate of the former over the peak, HFU of the latter.
 
+With --objective mae or jepa, what they have beside the backbone counts too; of the other counters torch's alone counts
+along, over the whole training step (docs/objectives.md).
+
 examples:
   python tools/flops.py --size vit_b --patch-size 16
   python tools/flops.py --size vit_g --activation-checkpointing full --global-batch 4096 --images 1025000000
   python tools/flops.py --all --plot flops.png --table docs/sizes.md
+  python tools/flops.py --objective mae
 """
 
 from __future__ import annotations
@@ -30,9 +34,10 @@ from nepa_scale.command_line import (
     positive,
     run,
 )
+from nepa_scale.config import CHOICES, ObjectiveConfig
 from nepa_scale.models import SIZES
 from nepa_scale.profiling import count_flops
-from nepa_scale.profiling.counters import count_all
+from nepa_scale.profiling.counters import count_all, torch_pretext
 from nepa_scale.profiling.flops import PARTS, RECOMPUTE, FlopCount
 from nepa_scale.profiling.flops_report import describe, draw, sizes_table
 
@@ -44,6 +49,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--activation-checkpointing", type=choice("--activation-checkpointing", RECOMPUTE), default="none",
         help="none | selective | full: what the backward pass computes again (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--objective", type=choice("--objective", CHOICES["objective.name"]), default="next_embedding",
+        help="what is pretrained with: next_embedding (default) | mae | jepa",
     )  # fmt: skip
     parser.add_argument("--bidirectional", action="store_true", help="attention is not causal: nothing is halved")
     parser.add_argument("--global-batch", type=positive, default=4096, metavar="N", help="images a step (4096)")
@@ -72,6 +81,7 @@ def _count(arguments: argparse.Namespace, size: str) -> FlopCount:
     model = dataclasses.asdict(model_of(arguments, size))
     return count_flops(
         **model,
+        objective=ObjectiveConfig(name=arguments.objective),
         causal=not arguments.bidirectional,
         recompute=arguments.activation_checkpointing,
         global_batch_size=arguments.global_batch,
@@ -80,6 +90,10 @@ def _count(arguments: argparse.Namespace, size: str) -> FlopCount:
 
 
 def _facts(count: FlopCount, counters: bool) -> dict[str, Any]:
+    if count.objective.name != "next_embedding":
+        step = torch_pretext(count.architecture, count.objective, count.recompute) if counters else None
+        closed = {"closed_form": count.flops_per_image}
+        return count.to_json() | {"counters": closed | ({"torch": step.forward} if step else {})}
     found = {"closed_form": count.forward} | (count_all(count.architecture) if counters else {})
     return count.to_json() | {
         "counters": {name: sum(parts.values()) for name, parts in found.items()},

@@ -49,7 +49,7 @@ def write_model_card(
     parts = [
         _front_matter(task, layout),
         f"# {run.name}\n",
-        _summary(task),
+        _summary(task, config),
         "## Model\n",
         _table(_model(task, architecture)),
         "## Training\n",
@@ -76,10 +76,17 @@ def _front_matter(task: NextEmbedding | Classifier, layout: str) -> str:
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
 
 
-def _summary(task: NextEmbedding | Classifier) -> str:
+_PRETRAINED = {
+    "next_embedding": "A causal Vision Transformer, pretrained by predicting the embedding of the next patch.\n",
+    "mae": "A Vision Transformer, pretrained by telling the pixels of hidden patches (masked autoencoding).\n",
+    "jepa": "A Vision Transformer, pretrained by telling a teacher's outputs at hidden blocks (joint embedding).\n",
+}
+
+
+def _summary(task: NextEmbedding | Classifier, config: Config) -> str:
     if isinstance(task, Classifier):
         return f"A causal Vision Transformer, fine-tuned to {task.head.out_features:,} classes.\n"
-    return "A causal Vision Transformer, pretrained by predicting the embedding of the next patch.\n"
+    return _PRETRAINED[config.objective.name]
 
 
 def _model(task: NextEmbedding | Classifier, a: Architecture) -> dict[str, str]:
@@ -93,11 +100,12 @@ def _model(task: NextEmbedding | Classifier, a: Architecture) -> dict[str, str]:
 
 def _training(meta: dict[str, Any], config: Config, a: Architecture, weights: str) -> dict[str, str]:
     seen, samples, batch = meta["samples_seen"], meta["dataset_samples"], config.train.global_batch_size
+    objective = config.objective if config.task == "pretrain" else None
     averaged = f"moving average, decay {config.ema.decay:g}" if weights == "ema" else "as trained"
     return {
         "data": f"{config.data.train}: {samples:,} images",
         "images seen": f"{seen:,} ({seen / samples:,.1f} epochs), {meta['step']:,} steps of {batch:,}",
-        "training FLOPs": f"{seen * train_flops(a):.3g} (forward and backward)",
+        "training FLOPs": f"{seen * train_flops(a, objective):.3g} (forward and backward)",
         "precision": config.train.precision,
         "weights": averaged,
     }

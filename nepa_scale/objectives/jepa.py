@@ -10,7 +10,6 @@ Shapes: B images, T = 1 + N tokens (CLS first), K patches of the context, M of a
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,8 +68,5 @@ class JointEmbedding(nn.Module):
         context, blocks = draw_blocks(sample_keys, self.layout)
         _, seen = self.backbone(images, causal=False, rope_scale=rope_scale, visible=context, sample_keys=sample_keys)
         told = self.predictor(seen, context, blocks, self.layout.grid, rope_scale).flatten(1, 2)
-        with torch.autocast(told.device.type, enabled=False):
-            targets = F.layer_norm(taught[:, 1:].float(), taught.shape[-1:])
-            targets = select(targets, blocks.flatten(1)).detach()
-            loss = F.smooth_l1_loss(told.float(), targets)
-        return {"loss": loss, "told": told, "targets": targets}
+        targets = select(F.layer_norm(taught[:, 1:].float(), taught.shape[-1:]), blocks.flatten(1)).detach()
+        return {"loss": F.smooth_l1_loss(told.float(), targets), "told": told, "targets": targets}

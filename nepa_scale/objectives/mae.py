@@ -5,7 +5,6 @@ Shapes: B images, N patches, K of them visible and M hidden, P patch size, D wid
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from nepa_scale.config import ConfigError, ObjectiveConfig
@@ -100,6 +99,4 @@ class MaskedAutoencoder(nn.Module):
         _, seen = self.backbone(images, causal=False, rope_scale=rope_scale, visible=visible, sample_keys=sample_keys)
         pixels = self.decoder(seen, visible, hidden.unsqueeze(1), grid, rope_scale).squeeze(1)
         targets = select(normalized_pixels(images, p), hidden)
-        with torch.autocast(pixels.device.type, enabled=False):
-            loss = (pixels.float() - targets).square().mean()
-        return {"loss": loss, "pixels": pixels}
+        return {"loss": (pixels.float() - targets).square().mean(), "pixels": pixels}

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from nepa_scale.config import ObjectiveConfig
 from nepa_scale.models import Architecture, CausalViT, initialize_module
-from nepa_scale.objectives import NextEmbedding
+from nepa_scale.objectives import NextEmbedding, build_pretext, needs_teacher
 from nepa_scale.sharding.recompute import recompute_units
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ def torch_forward(architecture: Architecture, device: str = "meta") -> dict[str,
 def torch_training(
     architecture: Architecture, recompute: str = "none", device: str = "meta", *, drop_path_keys: bool = False
 ) -> CountedTraining:
-    """Forward and backward FLOPs of the pretraining step from `FlopCounterMode`, recomputing as training does.
+    """Forward and backward FLOPs of next_embedding's step from `FlopCounterMode`, recomputing as training does.
 
     drop_path_keys: give the step the sample keys from which drop path is drawn
     """
@@ -72,6 +72,28 @@ def torch_training(
         # the objective by hand: it has no products, and its autocast does not know the meta device
         embeddings, predictions = task.backbone(images, sample_keys=keys)
         loss = -F.cosine_similarity(predictions[:, :-1], embeddings[:, 1:].detach(), dim=-1).mean()
+        forward = counter.get_total_flops()
+        loss.backward()
+    return CountedTraining(forward, counter.get_total_flops() - forward)
+
+
+def torch_pretext(
+    architecture: Architecture, objective: ObjectiveConfig, recompute: str = "none", device: str = "meta"
+) -> CountedTraining:
+    """The same of the step of mae or jepa, the module's own forward pass and its teacher's."""
+    with torch.device(device):
+        task = build_pretext(CausalViT(architecture), objective)
+        keys = torch.zeros(1, dtype=torch.int64)
+    if device != "meta":
+        initialize_module(task, architecture, seed=0)
+    recompute_units(task.train(), recompute)
+    images = torch.zeros(1, 3, *architecture.image_size, device=device)
+    inputs = {"images": images, "sample_keys": keys}
+    with _flop_counter() as counter:
+        if needs_teacher(objective):
+            with torch.no_grad():
+                inputs["taught"] = task(images)["predictions"]
+        loss = task(**inputs)["loss"]
         forward = counter.get_total_flops()
         loss.backward()
     return CountedTraining(forward, counter.get_total_flops() - forward)

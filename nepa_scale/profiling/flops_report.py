@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nepa_scale.models import SIZES
 from nepa_scale.profiling.figures import stacked_bars
-from nepa_scale.profiling.flops import PARTS, FlopCount
+from nepa_scale.profiling.flops import FlopCount
 
 NAMES = {
     "embedding": "patch embedding",
@@ -15,6 +15,9 @@ NAMES = {
     "scores": "attention (scores and mixing)",
     "out": "attention output",
     "mlp": "MLP",
+    "decoder": "decoder",
+    "predictor": "predictor, of 4 blocks",
+    "teacher": "teacher, of the whole image",
 }
 
 
@@ -27,7 +30,7 @@ def describe(count: FlopCount, counters: dict[str, int]) -> str:
         f"{count.parameters:,} parameters",
         f"{'GFLOP of one image':32}{'forward':>13}{'backward':>13}{'recomputed':>13}",
     ]
-    for part in PARTS:
+    for part in count.forward:
         again = count.recomputed[part] + count.kernel[part]
         lines.append(f"  {NAMES[part]:30}{_giga(count.forward[part])}{_giga(count.backward[part])}{_giga(again)}")
     again = sum(count.recomputed.values()) + sum(count.kernel.values())
@@ -43,6 +46,8 @@ def describe(count: FlopCount, counters: dict[str, int]) -> str:
             else "; attention is not causal"
         )
     )
+    if count.shares:
+        lines.append(_beside_the_backbone(count))
     lines.append(
         f"  of a step of {count.images_per_step} images: model "
         f"{count.images_per_step * count.train_flops_per_image / 1e12:.2f} TFLOP, hardware "
@@ -58,6 +63,16 @@ def describe(count: FlopCount, counters: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
+def _beside_the_backbone(count: FlopCount) -> str:
+    """What an objective has that next_embedding lacks."""
+    shares = ", ".join(f"{part} {share:.1%}" for part, share in count.shares.items())
+    return (
+        f"  {count.objective.name}: the backbone is trained on {count.backbone_tokens} of {count.architecture.tokens} "
+        f"tokens; its forward passes a step: {count.backbone_forwards}; of the model FLOPs: {shares}; parameters that "
+        f"only pretraining has: {count.pretraining_only:,}"
+    )
+
+
 def _giga(flops: int) -> str:
     return f"{flops / 1e9:13.3f}"
 
@@ -65,7 +80,7 @@ def _giga(flops: int) -> str:
 def draw(counts: Sequence[FlopCount], path: Path) -> None:
     """One bar a model: each part's share of the training FLOPs, so that all sizes can be compared."""
     shares = {NAMES[part]: [100 * (c.forward[part] + c.backward[part]) / c.train_flops_per_image for c in counts]
-              for part in PARTS}  # fmt: skip
+              for part in counts[0].forward}  # fmt: skip
     labels = [f"{c.size}   {_short(c.train_flops_per_image)}FLOP" for c in counts]
     a = counts[0].architecture
     stacked_bars(

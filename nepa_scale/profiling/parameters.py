@@ -10,7 +10,8 @@ import torch
 
 from nepa_scale.config import ObjectiveConfig
 from nepa_scale.models import Architecture, CausalViT
-from nepa_scale.objectives import NextEmbedding
+from nepa_scale.objectives import NextEmbedding, build_pretext
+from nepa_scale.objectives.pretext import PRETRAINING_ONLY
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -48,5 +49,12 @@ def parameter_units(architecture: Architecture) -> Units:
 
 
 def count_parameters(architecture: Architecture) -> int:
-    """All parameters of the backbone; pretraining has no others."""
+    """All parameters of the backbone; pretraining with next_embedding has no others."""
     return sum(elements(unit) for unit in parameter_units(architecture).all)
+
+
+def pretraining_only_parameters(architecture: Architecture, objective: ObjectiveConfig) -> int:
+    """Those of the decoder or predictor that pretraining trains beside the backbone."""
+    with torch.device("meta"):
+        task = build_pretext(CausalViT(architecture), objective)
+    return sum(p.numel() for name, p in task.named_parameters() if name.startswith(PRETRAINING_ONLY))

@@ -165,7 +165,7 @@ def _plan(
     config = _config(configs, overrides)
     task = Pretraining(config)
     batch = config.train.global_batch_size
-    per_image = training_costs(task.architecture, None).train_flops_per_image
+    per_image = training_costs(task.architecture, None, config.objective).train_flops_per_image
     steps = int(amount / (per_image * batch)) if sweep.budgets else int(amount // batch)
     if steps < 1:
         unit = f"{per_image * batch:.3g} FLOPs" if sweep.budgets else f"{batch} images"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nepa_scale.config import ConfigError, ModelConfig, ObjectiveConfig
+from nepa_scale.config import CHOICES, ConfigError, JepaConfig, MaeConfig, ModelConfig, ObjectiveConfig, load_config
 from nepa_scale.models import SIZES, CausalViT, resolve_architecture
 from nepa_scale.objectives import NextEmbedding
 from nepa_scale.profiling import count_flops, forward_flops, train_flops
@@ -18,9 +18,11 @@ from nepa_scale.profiling.counters import (
     deepspeed_forward,
     fvcore_forward,
     torch_forward,
+    torch_pretext,
     torch_training,
 )
 from nepa_scale.profiling.flops import ADAMW_OPERATIONS, EMA_OPERATIONS, backward_flops, kernel_flops, recomputed_flops
+from nepa_scale.training.pretraining import Pretraining
 
 KERNEL_RECOMPUTES = {"meta": 0, "cpu": 1}  # whether the attention of the device computes its scores twice
 SMALL = {"size": "vit_ti", "depth": 2, "image_size": [56, 28]}
@@ -146,3 +148,55 @@ def test_steps_and_runs_are_multiples() -> None:
 def test_what_cannot_be_says_why(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         count_flops(**arguments)
+
+
+# other objectives
+
+PRETEXTS = [
+    ObjectiveConfig(name="mae"),
+    ObjectiveConfig(name="mae", mae=MaeConfig(hidden=0.5, width=64, depth=3)),
+    ObjectiveConfig(name="jepa"),
+    ObjectiveConfig(name="jepa", jepa=JepaConfig(width=96, depth=1)),
+]
+MODELS: list[dict[str, Any]] = [
+    {},
+    {"mlp": "swiglu", "qk_norm": "affine", "layer_scale": None},
+    {"layer_scale": None, "drop_path": 0.2, "patch_size": 8, "image_size": [64, 96]},
+]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("objective", PRETEXTS)
+def test_the_step_of_other_objectives(objective: ObjectiveConfig, model: dict[str, Any], recompute: str) -> None:
+    architecture = resolve_architecture(ModelConfig(**{"size": "vit_ti", "depth": 3, "image_size": 112} | model))
+    seen = torch_pretext(architecture, objective, recompute)
+    assert seen.forward == sum(forward_flops(architecture, objective).values())
+    backward = sum(backward_flops(architecture, objective).values())
+    assert seen.backward == backward + sum(recomputed_flops(architecture, recompute, objective).values())
+
+
+@pytest.mark.parametrize("objective", [PRETEXTS[1], PRETEXTS[3]])
+def test_the_step_of_other_objectives_on_the_host(objective: ObjectiveConfig) -> None:
+    architecture = resolve_architecture(ModelConfig(size="vit_ti", depth=2, image_size=70))
+    seen = torch_pretext(architecture, objective, "none", "cpu")
+    assert seen.forward + seen.backward == train_flops(architecture, objective) + sum(
+        kernel_flops(architecture, objective).values()
+    )
+
+
+def test_what_other_objectives_have_beside_the_backbone() -> None:
+    plain, mae, jepa = (count_flops("vit_b", objective=ObjectiveConfig(name=n)) for n in CHOICES["objective.name"])
+    assert [count.backbone_forwards for count in (plain, mae, jepa)] == [1, 1, 2]
+    assert [count.backbone_tokens for count in (plain, mae, jepa)] == [257, 65, 58]
+    assert (list(plain.shares), list(mae.shares), list(jepa.shares)) == ([], ["decoder"], ["predictor", "teacher"])
+    assert plain.pretraining_only == 0
+    for count in (mae, jepa):
+        module = Pretraining(load_config(None, [f"objective.name={count.objective.name}"]))
+        assert count.parameters == module.parameters == plain.parameters + count.pretraining_only
+        assert count.halved() is count
+    # the teacher is a forward pass of the whole backbone, which nothing follows
+    assert jepa.forward["teacher"] == plain.flops_per_image
+    assert jepa.backward["teacher"] == 0
+    with pytest.raises(ConfigError, match="did you mean 'jepa'"):
+        count_flops(objective=ObjectiveConfig(name="ijepa"))
