@@ -32,7 +32,7 @@ from nepa_scale.data import DataError, ShardSet, TrainStream
 from nepa_scale.data.order import steps_per_epoch
 from nepa_scale.data.remote import RemoteError
 from nepa_scale.evaluation.while_training import Passes, make_evaluation
-from nepa_scale.profiling import peak_flops, training_costs
+from nepa_scale.profiling import Costs, peak_flops, training_costs
 from nepa_scale.sharding import World, build_strategy, choose_strategy, join_world, leave_world
 from nepa_scale.training.agreement import Agreement, StopRequest
 from nepa_scale.training.backward_probe import BackwardProbe
@@ -165,7 +165,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
             probe=None if config.compile else BackwardProbe(strategy.module, world.device),
             plan=plan,
             schedule=schedule,
-            costs=training_costs(task.architecture, peak_flops(world.device, config.train.precision)),
+            costs=make_costs(config, task, world),
             folder=folder,
             checkpointer=checkpointer,
             watchdog=watchdog,
@@ -283,6 +283,11 @@ def make_task(config: Config, shards: ShardSet, micro_batch_size: int) -> Pretra
         if getattr(config.augment, name) > 0:
             raise ConfigError(f"augment.{name} is for task=finetune: set it to 0 to pretrain")
     return Pretraining(config)
+
+
+def make_costs(config: Config, task: Pretraining | Finetuning, world: World) -> Costs:
+    objective = config.objective if config.task == "pretrain" else None
+    return training_costs(task.architecture, peak_flops(world.device, config.train.precision), objective)
 
 
 def make_trackers(config: Config, world: World) -> list[Tracker]:

@@ -197,7 +197,9 @@ def _summary(
     a: Architecture = runner.task.architecture
     batch = runner.plan.global_batch_size
     model = asdict(config.model)
-    count = count_flops(**model, recompute=config.activation_checkpointing, causal=config.objective.causal)
+    count = count_flops(
+        **model, objective=config.objective, recompute=config.activation_checkpointing, causal=config.objective.causal
+    )
     rates = Spread.of([batch / second for second in seconds])
     share = rates.median / (peak * world.size) if peak else None
     return Throughput(
