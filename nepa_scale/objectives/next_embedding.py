@@ -5,6 +5,8 @@ Shapes: B images, T = 1 + patches tokens (CLS first), D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +34,49 @@ def next_embedding_loss(
     if stop_gradient:
         embeddings = embeddings.detach()
     with torch.autocast(predictions.device.type, enabled=False):
-        return -F.cosine_similarity(predictions.float(), embeddings.float(), dim=-1).mean()
+        if predictions.dtype == torch.float32 or embeddings.requires_grad:
+            return -F.cosine_similarity(predictions.float(), embeddings.float(), dim=-1).mean()
+        loss: Tensor = _ReducedPrecisionLoss.apply(predictions, embeddings)
+        return loss
+
+
+class _ReducedPrecisionLoss(torch.autograd.Function):
+    """The mean negative cosine of bf16 vectors, computed in float32 without float32 copies of all of them.
+
+    The backward pass begins here, when most is in memory: a few images at a time are cast, forward and backward. The
+    gradient is -(t / |p||t| - cos p / |p|^2) / n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, predictions: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(predictions, targets)
+        total = torch.zeros((), device=predictions.device)
+        for some in zip(predictions.split(IMAGES_AT_A_TIME), targets.split(IMAGES_AT_A_TIME), strict=True):
+            (p, _), (t, _) = map(_directions, some)
+            total -= (p * t).sum()
+        return total / predictions[..., 0].numel()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        predictions, targets = ctx.saved_tensors
+        gradient = torch.empty_like(predictions, memory_format=torch.contiguous_format)
+        each = upstream / predictions[..., 0].numel()
+        for *some, result in zip(*(x.split(IMAGES_AT_A_TIME) for x in (predictions, targets, gradient)), strict=True):
+            (p, length), (t, _) = map(_directions, some)
+            cosine = (p * t).sum(-1, keepdim=True)
+            result.copy_(p.mul_(cosine).sub_(t).mul_(each / length))
+        return gradient, None
+
+
+def _directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] -> in float32 the vectors' directions [..., D], and lengths [..., 1], which are at least `_EPS`."""
+    x = vectors.float()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_EPS)
+    return x / length, length
+
+
+IMAGES_AT_A_TIME = 32
+_EPS = 1e-8  # as in F.cosine_similarity
 
 
 def random_mask(sample_keys: Tensor, patches: int, ratio: float) -> Tensor:

@@ -113,8 +113,7 @@ def ends_activations(shape: Shape) -> dict[str, int]:
     patches = shape.micro_batch * (a.tokens - 1)
     stored = {"ends": shape.residual + 2 * shape.rows * FLOAT}  # the final norm's input and statistics
     if shape.low:
-        # predictions and embeddings in fp32 for the cosine; the norm's and images' and weights' casts
-        stored["loss"] = 2 * patches * a.width * FLOAT + 2 * patches * FLOAT
+        stored["loss"] = 2 * shape.stream  # predictions and embeddings; then the norm's and images' and weights' casts
         stored["ends"] += shape.micro_batch * 3 * a.image_size[0] * a.image_size[1] * 2 + 2 * a.width * FLOAT
         if shape.cast:
             stored["cast_weights"] = 2 * a.width * 3 * a.patch_size**2

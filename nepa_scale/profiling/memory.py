@@ -14,6 +14,7 @@ from typing import Any
 
 from nepa_scale.config import CHOICES, ConfigError, ModelConfig, nearest
 from nepa_scale.models import Architecture, resolve_architecture
+from nepa_scale.objectives.next_embedding import IMAGES_AT_A_TIME
 from nepa_scale.profiling.activations import (
     FLOAT,
     Shape,
@@ -199,10 +200,11 @@ def _moments(setup: Setup, a: Architecture, units: Units) -> Iterator[Moment]:
     tables = 2 * a.tokens * a.head_dim * FLOAT if a.rope else 0
     flow = _Flow(setup, units)
 
-    loss = outputs if shape.low else 0
-    yield Moment(
-        "loss", _merge(_times(kept, a.depth), ends), flow.gradients(a.depth), loss + 4 * patches, flow.at_loss()
-    )
+    loss = 4 * patches
+    if shape.low:  # the gradient, and what is cast of some images; then the gradient on its way through the final norm
+        cast_at_a_time = min(setup.micro_batch, IMAGES_AT_A_TIME) * patches // setup.micro_batch
+        loss = max(patches // 2 + 3 * cast_at_a_time, shape.stream + 2 * shape.residual)
+    yield Moment("loss", _merge(_times(kept, a.depth), ends), flow.gradients(a.depth), loss, flow.at_loss())
     matrix = a.width * a.mlp_width
     # the last matrix's gradient in the dtype of the products; then, where weights are cast, in fp32 beside it
     mlp = max(

@@ -13,6 +13,7 @@ from torch import Tensor
 from nepa_scale.config import ConfigError, ModelConfig, ObjectiveConfig
 from nepa_scale.models import CausalViT, resolve_architecture
 from nepa_scale.objectives import NextEmbedding, draw_rope_scale, next_embedding_loss, random_mask
+from nepa_scale.profiling.live_tensors import LiveTensors
 from tests.models.reference import randomize
 from tests.models.test_against_reference import TINY
 
@@ -166,6 +167,29 @@ def test_the_gradient_is_computed_in_fp32() -> None:
         gradients.append(predicted.grad.double())
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert error < 5e-3  # what is left is the rounding of the gradient itself to the inputs' dtype
+
+
+def test_bf16_vectors_are_cast_some_images_at_a_time() -> None:
+    """The same gradient, bit for bit but for a few, without float32 copies of all vectors."""
+    embeddings = random(100, 9, 64).bfloat16()
+    predictions = (embeddings.roll(-1, 1) + random(100, 9, 64, seed=1)).bfloat16()
+    gradients, losses = [], []
+    for loss_of in (next_embedding_loss, cosine_at_once):
+        leaf = predictions.clone().requires_grad_()
+        with LiveTensors() as live:
+            live.claim([embeddings, leaf], "given")
+            loss = loss_of(embeddings, leaf)
+            (loss / 3).backward()
+        gradients.append(leaf.grad)
+        losses.append((loss.item(), live.peak_total - live.peak["given"]))
+    (ours, memory), (expected, memory_at_once) = losses
+    assert ours == pytest.approx(expected, abs=1e-6)
+    assert (gradients[0] == gradients[1]).float().mean() > 0.999
+    assert memory < 0.5 * memory_at_once
+
+
+def cosine_at_once(embeddings: Tensor, predictions: Tensor) -> Tensor:
+    return -F.cosine_similarity(predictions[:, :-1].float(), embeddings[:, 1:].float(), dim=-1).mean()
 
 
 def test_a_bf16_model_has_an_fp32_loss() -> None:
