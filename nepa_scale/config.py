@@ -208,7 +208,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     strategy: str = "auto"  # auto | single | ddp | fsdp | zero1 | zero2 | zero3
     activation_checkpointing: str = "none"  # none | selective | full
-    compile: bool = False
+    compile: bool | None = None  # torch.compile of each block; null: on GPUs
     tracker: str = "none"  # none | wandb
     output: str = "runs/default"  # the run folder
 

@@ -33,7 +33,7 @@ from nepa_scale.data.order import steps_per_epoch
 from nepa_scale.data.remote import RemoteError
 from nepa_scale.evaluation.while_training import Passes, make_evaluation
 from nepa_scale.profiling import Costs, peak_flops, training_costs
-from nepa_scale.sharding import World, build_strategy, choose_strategy, join_world, leave_world
+from nepa_scale.sharding import World, build_strategy, choose_compilation, choose_strategy, join_world, leave_world
 from nepa_scale.training.agreement import Agreement, StopRequest
 from nepa_scale.training.backward_probe import BackwardProbe
 from nepa_scale.training.batching import plan_batches, step_settings
@@ -139,7 +139,11 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
         together(world, lambda: prepare_run_folder(folder, config) if world.is_main else None)
 
         # strategy
-        strategy = build_strategy(name, ds_values, world, task.build, task.groups, step_settings(config, plan))
+        compiled, why_not = together(world, lambda: choose_compilation(config.compile, world.device))
+        if world.is_main and why_not:
+            print(f"not compiled, as torch.compile does not work here: {why_not}", file=sys.stderr)
+        settings = step_settings(config, plan, compiled=compiled)
+        strategy = build_strategy(name, ds_values, world, task.build, task.groups, settings)
         average = MovingAverage(strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
         checkpointer = Checkpointer(
             folder,
@@ -162,7 +166,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
             average=average,
             teacher=make_teacher(config, strategy, average),
             guard=UpdateGuard(config.train.spike_factor, world.device),
-            probe=None if config.compile else BackwardProbe(strategy.module, world.device),
+            probe=BackwardProbe(strategy.module, world.device),
             plan=plan,
             schedule=schedule,
             costs=make_costs(config, task, world),

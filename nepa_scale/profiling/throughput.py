@@ -24,7 +24,7 @@ from nepa_scale.data.batch import Batch
 from nepa_scale.models import Architecture
 from nepa_scale.profiling.devices import peak_flops
 from nepa_scale.profiling.flops import count_flops
-from nepa_scale.sharding import Strategy, World, build_strategy, choose_strategy, max_over_ranks
+from nepa_scale.sharding import Strategy, World, build_strategy, choose_compilation, choose_strategy, max_over_ranks
 from nepa_scale.training.batching import BatchPlan, plan_batches, step_settings
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.pretraining import Pretraining
@@ -98,7 +98,8 @@ class StepRunner:
         self.config, self.world = config, world
         self.plan: BatchPlan = plan_batches(config.train, world.size)
         self.task = Pretraining(config)
-        settings = step_settings(config, self.plan)
+        compiled, _ = choose_compilation(config.compile, world.device)
+        settings = step_settings(config, self.plan, compiled=compiled)
         self.strategy: Strategy = build_strategy(name, values, world, self.task.build, self.task.groups, settings)
         self.task.initialize(self.strategy.shards)
         self.strategy.refresh()

@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation of a module's units, in place.
+"""Activation checkpointing of a module's units, in place.
 
 Order of the wrappers, from the inside out: recompute, compile, shard. Doing both inside a unit's `forward` leaves its
 parameter names alone, and the sharding hooks outside: a recomputed unit finds its weights already gathered.
@@ -55,10 +55,3 @@ def _recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
         return checkpoint(forward, *args, **options, **kwargs)
 
     return wrapped
-
-
-def compile_units(module: nn.Module, enabled: bool) -> None:
-    """Compiles each unit on its own: they share one graph, and sharding stays outside of it."""
-    if enabled:
-        for unit in units_of(module):
-            unit.compile()

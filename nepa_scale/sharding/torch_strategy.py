@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from nepa_scale.sharding.recompute import compile_units, recompute_units
+from nepa_scale.sharding.compilation import compile_units
+from nepa_scale.sharding.recompute import recompute_units
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.sharding.strategy import (
     Grouping,

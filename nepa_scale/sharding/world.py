@@ -86,13 +86,17 @@ def _pick_device(local_rank: int) -> torch.device:
     return device
 
 
-def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
-    """The mean over all ranks of each scalar, in one collective and one wait for the device."""
+def numbers_of_ranks(values: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Each scalar on every rank, in one collective and one wait for the device."""
     if not values:
         return {}
     stacked = torch.stack([value.detach().double().reshape(()) for value in values.values()])
-    dist.all_reduce(stacked)
-    return dict(zip(values, (stacked / dist.get_world_size()).tolist(), strict=True))
+    return dict(zip(values, torch.stack(of_all_ranks(stacked), dim=1).tolist(), strict=True))
+
+
+def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """The mean over all ranks of each scalar."""
+    return {name: sum(numbers) / len(numbers) for name, numbers in numbers_of_ranks(values).items()}
 
 
 def of_all_ranks(part: Tensor) -> list[Tensor]:

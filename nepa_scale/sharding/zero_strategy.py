@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nepa_scale.sharding.recompute import compile_units, recompute_units
+from nepa_scale.sharding.compilation import compile_units
+from nepa_scale.sharding.recompute import recompute_units
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.sharding.strategy import (
     Grouping,

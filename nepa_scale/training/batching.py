@@ -42,8 +42,8 @@ def plan_batches(train: TrainConfig, world_size: int) -> BatchPlan:
     return BatchPlan(total, micro, per_rank // micro)
 
 
-def step_settings(config: Config, plan: BatchPlan) -> StepSettings:
-    """The part of the configuration that a strategy is told."""
+def step_settings(config: Config, plan: BatchPlan, *, compiled: bool = False) -> StepSettings:
+    """The part of the configuration that a strategy is told; compiled: see `choose_compilation`."""
     return StepSettings(
         precision=config.train.precision,
         micro_batch_size=plan.micro_batch_size,
@@ -52,5 +52,5 @@ def step_settings(config: Config, plan: BatchPlan) -> StepSettings:
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
         recompute=config.activation_checkpointing,
-        compile=config.compile,
+        compile=compiled,
     )

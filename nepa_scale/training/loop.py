@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from nepa_scale.training.backward_probe import BackwardProbe
 from nepa_scale.training.batching import BatchPlan
 from nepa_scale.training.checkpoint import Checkpointer
 from nepa_scale.training.ema import MovingAverage
+from nepa_scale.training.garbage import collect_garbage, garbage_on_request
 from nepa_scale.training.metrics import Costs, Meter
 from nepa_scale.training.optimization import learning_rate
 from nepa_scale.training.progress import TerminalProgress, Tracker
@@ -95,7 +97,7 @@ class Run:
     average: MovingAverage | None
     teacher: Teacher | None
     guard: UpdateGuard
-    probe: BackwardProbe | None  # None: what is compiled cannot be looked into
+    probe: BackwardProbe
     plan: BatchPlan
     schedule: Schedule
     costs: Costs
@@ -119,7 +121,7 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
     config, strategy, watchdog, total = run.config, run.strategy, run.watchdog, run.schedule.total
     logs = Logs(run, start.step)
     stop: StopRequest | None = None
-    try:
+    with contextlib.closing(logs), garbage_on_request():
         if start.evaluate:
             stop = evaluate(run, logs, start.step)
             if stop is None and start.step > 0:
@@ -135,7 +137,7 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
             norm = strategy.step(run.schedule.rates(step - 1, strategy.groups), run.guard)
             if run.average is not None:
                 run.average.update(run.guard.refused)
-            sound = loss.isfinite() if run.probe is None else loss.isfinite() & run.probe.take()
+            sound = loss.isfinite() & run.probe.take()
             meter.add_step(loss, norm, refused=run.guard.refused, sound=sound, keys=keys, data_seconds=waited)
             logs.add_samples(step, keys)
             watchdog.at(step, "after the update")
@@ -144,6 +146,7 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
                 row, bad = meter.row(step, lr, run.task.diagnostics(outputs))
                 logs.add_row(row)
                 logs.skips.check(bad, step, run.checkpointer, logs.progress)
+                collect_garbage()
             began = time.perf_counter()
             evaluation_due = run.evaluate is not None and _due(step, config.evaluate.every, total)
             if evaluation_due and stop is None:
@@ -157,8 +160,6 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
                 break
         with watchdog.patient(step, "saving"):
             run.checkpointer.wait()
-    finally:
-        logs.close()
     return stop
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nepa_scale.sharding import World, max_over_ranks, mean_over_ranks
+from nepa_scale.sharding import World, numbers_of_ranks
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,21 @@ class Meter:
         device = window.losses[0].device
         losses, norms = torch.stack(window.losses), torch.stack(window.norms).to(device)
         refused = torch.stack(window.refused).to(device)
-        reduced = mean_over_ranks(
+        # numbers of the host are filled in by the device: to copy them there would wait for it
+        ranks = numbers_of_ranks(
             {
                 "loss": torch.where(refused, 0.0, losses).sum() / (~refused).sum(),
                 "skipped": refused.sum(),
                 "grad_norm": norms[-1],
-                "data_seconds": torch.tensor(window.data_seconds, device=losses.device),
+                "data_seconds": torch.full((), window.data_seconds, device=device),
+                "peak_memory_bytes": torch.full(
+                    (), _peak_memory(self.world.device), device=device, dtype=torch.float64
+                ),
                 **diagnostics,
             }
         )
+        peak_memory = int(max(ranks.pop("peak_memory_bytes")))
+        reduced = {name: sum(numbers) / self.world.size for name, numbers in ranks.items()}
         steps = len(window.losses)
         seconds = time.perf_counter() - window.began - window.paused_seconds
         rate = steps * self.global_batch_size / seconds
@@ -119,7 +125,7 @@ class Meter:
             "step_seconds": seconds / steps,
             "data_seconds": reduced.pop("data_seconds") / steps,
             "mfu": rate * self.costs.train_flops_per_image / (peak * self.world.size) if peak else None,
-            "peak_memory_bytes": int(max_over_ranks(_peak_memory(self.world.device), self.world.device)),
+            "peak_memory_bytes": peak_memory,
         }
         return row | {name: _finite(value) for name, value in reduced.items()}, bad
 

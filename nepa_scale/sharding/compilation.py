@@ -1,0 +1,50 @@
+"""torch.compile of a module's units, where it works.
+
+Each unit on its own: equal ones share one graph, and sharding, hooks and accumulation stay outside of it. Training has
+one graph for the embedding and one for the blocks (two where the first block alone has no drop path), and evaluation
+others, made once for its batches and once for a last one that is shorter.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from nepa_scale.config import ConfigError
+from nepa_scale.sharding.strategy import units_of
+
+
+def choose_compilation(requested: bool | None, device: torch.device) -> tuple[bool, str]:
+    """Whether units are compiled, and why not where one would expect it; None: on GPUs, if it works there.
+
+    Raises:
+        ConfigError: it was asked for, and does not work here.
+    """
+    if requested is False or (requested is None and device.type != "cuda"):
+        return False, ""
+    trouble = _trouble(device.type)
+    if trouble and requested:
+        raise ConfigError(
+            f"compile=true, but torch.compile does not work here: {trouble}; mend it, or set compile=false"
+        )
+    return not trouble, trouble
+
+
+def compile_units(module: nn.Module, enabled: bool) -> None:
+    """Compiles the forward of each unit, in place."""
+    if enabled:
+        for unit in units_of(module):
+            unit.forward = torch.compile(unit.forward)
+
+
+@lru_cache
+def _trouble(device: str) -> str:
+    """What keeps the compiler from working here (no Triton, no C++ compiler), in a line; empty: nothing does."""
+    try:
+        torch.compile(lambda x: (2 * x + 1).relu())(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds, by what is missing
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0] if lines else 'no more is said'}"
+    return ""
