@@ -37,7 +37,7 @@ from nepa_scale.scaling.envelope import EnvelopeFit, fit_envelope
 from nepa_scale.scaling.forms import compare_forms, compare_frontiers
 from nepa_scale.scaling.metrics import find_metric
 from nepa_scale.scaling.plots import plot_law
-from nepa_scale.scaling.points import Points, points_of_runs, read_csv
+from nepa_scale.scaling.points import Points, points_of_runs, read_csv, require_one_objective
 from nepa_scale.scaling.recorded_runs import read_recorded_runs
 
 
@@ -102,7 +102,9 @@ def envelope_of(points: Points, arguments: argparse.Namespace) -> tuple[Envelope
 def read(arguments: argparse.Namespace) -> Points:
     if all(path.is_dir() for path in arguments.data):
         runs = read_recorded_runs(arguments.data)
-        return points_of_runs(runs, find_metric(arguments.loss, runs))
+        points = points_of_runs(runs, find_metric(arguments.loss, runs))
+        require_one_objective(points)
+        return points
     if len(arguments.data) > 1:
         raise ConfigError("give one CSV file, or run folders only")
     return read_csv(arguments.data[0], arguments.parameters, arguments.samples, arguments.loss, arguments.flops)

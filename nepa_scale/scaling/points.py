@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nepa_scale.config import ConfigError, nearest
 from nepa_scale.scaling.metrics import Metric
+from nepa_scale.scaling.observations import NotDetermined
 from nepa_scale.scaling.recorded_runs import RecordedRun, collapse
 
 
@@ -27,6 +28,19 @@ class Points:
     flops: list[float] | None
     runs: list[RecordedRun] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+
+
+def require_one_objective(points: Points) -> None:
+    """
+    Raises:
+        NotDetermined: the runs were pretrained with different objectives, whose laws are not one.
+    """
+    objectives = sorted({run.objective for run in points.runs})
+    if len(objectives) > 1:
+        raise NotDetermined(
+            f"the runs are of {', '.join(filter(None, objectives))}, whose laws are not one: give the run folders of "
+            "one objective at a time"
+        )
 
 
 def read_csv(path: Path, parameters: str, samples: str, loss: str, flops: str | None) -> Points:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from nepa_scale.config import Config, ConfigError, ModelConfig, config_from_dict
+from nepa_scale.config import Config, ConfigError, config_from_dict
 from nepa_scale.scaling.sweep import LOG
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.run_folder import read_json_lines
@@ -32,7 +32,7 @@ _LINE = 400  # characters of a log's last line
 class RecordedRun:
     """One run folder.
 
-    size: of the model, for people
+    size: of the model, for people, and its objective where that is not next_embedding
     parameters: trainable (of fine-tuning: the backbone's); None where the configuration does not say
     status: finished | unfinished | failed
     share: of the planned steps that were made, 0..1; None where the plan is not known
@@ -54,6 +54,11 @@ class RecordedRun:
     provenance: dict[str, Any]
     skipped_steps: int
     bad_samples: int
+
+    @property
+    def objective(self) -> str:
+        """That of pretraining; empty where the run is none, or does not say."""
+        return self.config.objective.name if self.config and self.config.task == "pretrain" else ""
 
     def values(self, key: str) -> list[float]:
         """The finite numbers logged as `key`, in order."""
@@ -129,7 +134,7 @@ def _read(folder: Path, name: str) -> RecordedRun:
     return RecordedRun(
         name=name,
         folder=folder,
-        size=_size(config.model) if config else "",
+        size=_size(config) if config else "",
         parameters=_parameters(config) if config else None,
         status=status,
         share=share,
@@ -186,11 +191,13 @@ def _share(config: Config | None, rows: list[Row]) -> float | None:
     return float(done / max(1, round(config.train.epochs * round(steps_per_epoch[-1]))))
 
 
-def _size(model: ModelConfig) -> str:
+def _size(config: Config) -> str:
     """Its name, with the width and depth that differ from it; these alone where they are all there is to know."""
+    model, objective = config.model, config.objective.name
     own = " ".join(f"{letter}{side}" for letter, side in (("w", model.width), ("d", model.depth)) if side)
     named = "" if model.width and model.depth else model.size
-    return " ".join(filter(None, [named, own, f"p{model.patch_size}"]))
+    other = objective if objective != "next_embedding" else ""
+    return " ".join(filter(None, [named, own, f"p{model.patch_size}", other]))
 
 
 def _parameters(config: Config) -> int | None:

@@ -188,6 +188,7 @@ def _run_facts(run: RecordedRun) -> dict[str, Any]:
         "name": run.name,
         "folder": str(run.folder),
         "size": run.size,
+        "objective": run.objective,
         "parameters": run.parameters,
         "status": run.status,
         "share": run.share,

@@ -11,8 +11,9 @@ from nepa_scale.config import ConfigError
 from nepa_scale.scaling.forms import FittedForm, compare_forms, compare_frontiers
 from nepa_scale.scaling.isoflop import IsoflopFit, fit_isoflop
 from nepa_scale.scaling.metrics import Metric
+from nepa_scale.scaling.observations import NotDetermined
 from nepa_scale.scaling.parametric import ParametricFit, fit_parametric
-from nepa_scale.scaling.points import Points, points_of_runs
+from nepa_scale.scaling.points import Points, points_of_runs, require_one_objective
 from nepa_scale.scaling.recorded_runs import RecordedRun
 from nepa_scale.scaling.report_isoflop import Resampled, resample
 
@@ -58,6 +59,10 @@ def fit_metric(metric: Metric, runs: Sequence[RecordedRun], bootstrap: int) -> M
     points = points_of_runs(runs, metric)
     n, d, loss = points.parameters, points.samples, points.loss
     found = MetricLaw(metric, points)
+    try:
+        require_one_objective(points)
+    except NotDetermined as error:
+        return replace(found, refusal=str(error), isoflop_refusal=str(error))
     try:
         found = replace(found, law=fit_parametric(n, d, loss, bootstrap=bootstrap))
     except ConfigError as error:
