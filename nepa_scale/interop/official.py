@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nepa_scale.config import ConfigError, ModelConfig, ObjectiveConfig, config_from_dict
 from nepa_scale.models import Architecture, CausalViT, resolve_architecture
-from nepa_scale.objectives import Classifier, NextEmbedding
+from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREFIX = "vit_nepa."
@@ -195,7 +195,11 @@ def official_config(task: NextEmbedding | Classifier) -> dict[str, Any]:
     }
     if isinstance(task, NextEmbedding):
         # no pooling is ever done in pretraining, but this is what the released folders say
-        return fields | {"architectures": [PRETRAINING], "is_causal": task.objective.causal, "add_pooling_layer": True}
+        return fields | {
+            "architectures": [PRETRAINING],
+            "is_causal": is_causal(task.objective),
+            "add_pooling_layer": True,
+        }
     labels = [f"LABEL_{index}" for index in range(task.head.out_features)]
     return fields | {
         "architectures": [CLASSIFICATION],

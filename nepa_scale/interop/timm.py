@@ -22,7 +22,7 @@ from nepa_scale.config import ConfigError, ModelConfig
 from nepa_scale.models import SIZES, CausalViT, resolve_architecture
 from nepa_scale.models.initialization import initialize_module
 from nepa_scale.models.layers import LayerNorm, Linear
-from nepa_scale.objectives import Classifier, NextEmbedding
+from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 
 _TIMM_SIZES = {"tiny": "vit_ti", "small": "vit_s", "base": "vit_b", "large": "vit_l", "huge": "vit_h", "giant": "vit_g"}
 _TIMM_SIZES |= {size.removeprefix("vit_"): size for size in ("vit_1b", "vit_3b", "vit_7b")}
@@ -210,7 +210,7 @@ def save_timm(task: NextEmbedding | Classifier, folder: Path) -> None:
         "img_size": list(a.image_size), "patch_size": a.patch_size, "width": a.width, "depth": a.depth,
         "heads": a.heads, "mlp_width": a.mlp_width, "mlp": "swiglu" if a.gated else "gelu", "rope": a.rope,
         "rope_theta": a.rope_theta, "qk_norm": a.qk_norm, "layer_scale": a.layer_scale,
-        "causal": task.causal if isinstance(task, Classifier) else task.objective.causal,
+        "causal": task.causal if isinstance(task, Classifier) else is_causal(task.objective),
     }  # fmt: skip
     pooling, classes = "avg", 0
     if isinstance(task, Classifier):

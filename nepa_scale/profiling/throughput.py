@@ -22,6 +22,7 @@ from nepa_scale.config import Config, ConfigError
 from nepa_scale.data import ShardSet, TrainStream
 from nepa_scale.data.batch import Batch
 from nepa_scale.models import Architecture
+from nepa_scale.objectives import is_causal
 from nepa_scale.profiling.devices import peak_flops
 from nepa_scale.profiling.flops import count_flops
 from nepa_scale.sharding import Strategy, World, build_strategy, choose_compilation, choose_strategy, max_over_ranks
@@ -198,9 +199,8 @@ def _summary(
     a: Architecture = runner.task.architecture
     batch = runner.plan.global_batch_size
     model = asdict(config.model)
-    count = count_flops(
-        **model, objective=config.objective, recompute=config.activation_checkpointing, causal=config.objective.causal
-    )
+    causal = is_causal(config.objective)
+    count = count_flops(**model, objective=config.objective, recompute=config.activation_checkpointing, causal=causal)
     rates = Spread.of([batch / second for second in seconds])
     share = rates.median / (peak * world.size) if peak else None
     return Throughput(

@@ -98,7 +98,7 @@ def test_the_teacher_is_the_average_and_leaves_the_weights_alone() -> None:
     world = join_world()
     try:
         task = Pretraining(config)
-        settings = step_settings(config, plan_batches(config.train, 1))
+        settings = step_settings(config, plan_batches(config.train, 1), compiled=False)
         strategy = build_strategy("single", None, world, task.build, task.groups, settings)
         task.initialize(strategy.shards)
         average = MovingAverage(strategy.shards, config.ema.decay)
