@@ -46,8 +46,7 @@ def describe(count: FlopCount, counters: dict[str, int]) -> str:
             else "; attention is not causal"
         )
     )
-    if count.shares:
-        lines.append(_beside_the_backbone(count))
+    lines.append(_of_the_objective(count))
     lines.append(
         f"  of a step of {count.images_per_step} images: model "
         f"{count.images_per_step * count.train_flops_per_image / 1e12:.2f} TFLOP, hardware "
@@ -63,13 +62,13 @@ def describe(count: FlopCount, counters: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _beside_the_backbone(count: FlopCount) -> str:
-    """What an objective has that next_embedding lacks."""
+def _of_the_objective(count: FlopCount) -> str:
+    """What the backbone takes in, and what there is beside it."""
     shares = ", ".join(f"{part} {share:.1%}" for part, share in count.shares.items())
+    beside = f"{shares} of the model FLOPs, {count.pretraining_only:,} parameters" if shares else "nothing"
     return (
         f"  {count.objective.name}: the backbone is trained on {count.backbone_tokens} of {count.architecture.tokens} "
-        f"tokens; its forward passes a step: {count.backbone_forwards}; of the model FLOPs: {shares}; parameters that "
-        f"only pretraining has: {count.pretraining_only:,}"
+        f"tokens; its forward passes a step: {count.backbone_forwards}; beside it: {beside}"
     )
 
 
