@@ -16,6 +16,8 @@ TITLES = {  # in the order of the page
     "data": "The data stream",
     "decoders": "Decoding and cropping",
     "checkpoint": "Checkpoints",
+    "step": "The training step on a CPU",
+    "gpu_check": "The training step on a GPU",
     "evaluation": "Evaluation",
     "memory": "Memory, predicted and measured",
 }

@@ -9,6 +9,7 @@ first), and the `Shard` views of the engine's flat buffers.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -65,6 +66,7 @@ class ZeroStrategy:
         self._linear = F.linear  # zero.Init replaces it for the whole process, and never puts it back
         # an operator for inference on CPUs, which every first start would spend a minute compiling
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, also where nothing was launched
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
         module = self._build_module(build, config)
         if self._stage == 3:
