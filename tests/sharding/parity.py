@@ -59,7 +59,7 @@ ARCHITECTURE = resolve_architecture(
 
 SIDES = {"next_embedding": 32, "mae": 48, "jepa": 48}  # of the images; jepa finds no blocks in 4 x 4 patches
 # rates at which 20 steps are smooth: where a loss jumps about, rounding grows to any size
-LRS = {"next_embedding": 2e-3, "mae": 5e-4, "jepa": 1e-3}
+LRS = {"next_embedding": 2e-3, "mae": 2e-4, "jepa": 1e-3}
 
 
 def images(step: int, side: int) -> Tensor:
