@@ -65,9 +65,9 @@ def main() -> int:
 
 
 def as_text(table: Table, title: str) -> str:
-    shown, console = rich.table.Table(title=title), Console(width=150)
+    shown, console = rich.table.Table(title=title), Console(width=160)
     for cell in table.head:
-        shown.add_column(cell.text, justify="right" if cell.kind == "number" else "left")
+        shown.add_column(cell.text, justify="right" if cell.kind == "number" else "left", overflow="fold")
     for line in table.body:
         shown.add_row(*("\n".join(filter(None, (cell.text, cell.interval))) for cell in line))
     with console.capture() as text:

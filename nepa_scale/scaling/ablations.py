@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from nepa_scale.config import Config, flatten, to_dict
 from nepa_scale.scaling.recorded_runs import RecordedRun, collapse
@@ -30,7 +31,6 @@ _VARIED = (  # keys in which rows of a table may differ, or which do not change 
     "objective.shift", "objective.causal", "objective.stop_gradient", "objective.mask_ratio",
     "model.layer_scale", "model.rope", "model.qk_norm", "model.mlp",
     "train.seed", "train.resume", "output", "tracker", "strategy", "activation_checkpointing", "compile",
-    "finetune.weights",
 )  # fmt: skip
 
 
@@ -108,18 +108,30 @@ def switches_of(config: Config) -> Switches:
 
 
 def repeated(table: AblationTable, runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
-    """For each row of the table the finished runs that repeat it, one a seed.
+    """For each row of the table the finished pretrainings that repeat it, one a seed.
 
     They are alike in all but the switches; where the runs hold several such groups, those of the one that has most of
     the table. All lists are empty where no group has two rows, as there is nothing to compare then.
     """
     groups: dict[str, list[RecordedRun]] = {}
     for run in runs:
-        if run.config is not None and run.status == "finished":
+        if run.config is not None and run.config.task == "pretrain" and run.status == "finished":
             groups.setdefault(_all_else(run.config), []).append(run)
     by_row = [[_of_row(row, group) for row in table.rows] for group in groups.values()]
     best = max(by_row, key=_rows_filled, default=[])
     return best if _rows_filled(best) > 1 else [[] for _ in table.rows]
+
+
+def finetuned(pretraining: RecordedRun, runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """The finished fine-tunings that began with the weights of a pretraining."""
+    return [
+        run
+        for run in runs
+        if run.config is not None
+        and run.config.task == "finetune"
+        and run.status == "finished"
+        and Path(run.config.finetune.weights or "").name == pretraining.folder.name
+    ]
 
 
 def _of_row(row: AblationRow, group: Sequence[RecordedRun]) -> list[RecordedRun]:
@@ -135,16 +147,16 @@ def _all_else(config: Config) -> str:
 
 
 def failure(run: RecordedRun) -> str:
-    """By which of the three symptoms the run fails; empty where it shows none.
+    """By which of three symptoms the run fails, a word and a sentence; empty where it shows none.
 
-    The targets collapse (`recorded_runs.collapse`); the loss saturates (1 + loss below `SATURATED`); or the linear
+    Collapse: of the targets (`recorded_runs.collapse`). Saturation: 1 + loss is below `SATURATED`. No gain: the linear
     probe is no better than on the same network before its first step.
     """
     loss, probes = run.last("one_plus_loss"), run.values("probe_top1")
     if why := collapse(run):
-        return why
+        return f"collapse: {why}"
     if loss is not None and loss < SATURATED:
-        return f"the loss saturates: 1 + loss is {loss:.1e}"
+        return f"saturation: 1 + loss is {loss:.1e}"
     if len(probes) > 1 and probes[-1] <= probes[0]:
-        return f"the probe is no better than on the untrained network ({probes[-1]:.1%}, {probes[0]:.1%})"
+        return f"no gain: the probe has {probes[-1]:.1%}, and {probes[0]:.1%} on the untrained network"
     return ""

@@ -95,6 +95,7 @@ def frontier(flops: Values, loss: Values) -> list[int]:
     return kept
 
 
+@np.errstate(all="ignore")  # numbers that the data leave free grow out of range, in the fit and in what it predicts
 def _compare(forms: Sequence[Form], inputs: Numbers, y: Numbers, compute: Numbers) -> list[FittedForm]:
     found = []
     for form in forms:
@@ -127,15 +128,13 @@ def _fit(form: Form, inputs: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
     x, target = inputs / centres, np.log(y / scale)
 
     def residuals(logs: Numbers) -> Numbers:
-        with np.errstate(over="ignore", under="ignore", divide="ignore"):
-            return np.nan_to_num(np.log(form.value(np.exp(logs), x)), nan=1e3, posinf=1e3, neginf=-1e3) - target
+        return np.nan_to_num(np.log(form.value(np.exp(logs), x)), nan=1e3, posinf=1e3, neginf=-1e3) - target
 
     best = None
     for start in _starts(form, y / scale):
-        with np.errstate(all="ignore"):  # scipy divides by zero where the data leave a number free
-            fitted = least_squares(
-                residuals, start, bounds=(-_BOUND, _BOUND), xtol=1e-10, ftol=1e-10, gtol=1e-10, max_nfev=_EVALUATIONS
-            )
+        fitted = least_squares(
+            residuals, start, bounds=(-_BOUND, _BOUND), xtol=1e-10, ftol=1e-10, gtol=1e-10, max_nfev=_EVALUATIONS
+        )
         if best is None or fitted.cost < best.cost:
             best = fitted
     assert best is not None
