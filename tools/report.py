@@ -21,9 +21,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import rich.box
 import rich.progress
 import rich.table
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from nepa_scale.command_line import Parser, deliver, run
@@ -65,9 +66,10 @@ def main() -> int:
 
 
 def as_text(table: Table, title: str) -> str:
-    shown, console = rich.table.Table(title=title), Console(width=160)
-    for cell in table.head:
-        shown.add_column(cell.text, justify="right" if cell.kind == "number" else "left", overflow="fold")
+    shown, console = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD), Console(width=160)
+    for number, cell in enumerate(table.head):
+        side: JustifyMethod = "right" if cell.kind == "number" else "left"
+        shown.add_column(cell.text, justify=side, overflow="fold", no_wrap=number == 0)
     for line in table.body:
         shown.add_row(*("\n".join(filter(None, (cell.text, cell.interval))) for cell in line))
     with console.capture() as text:

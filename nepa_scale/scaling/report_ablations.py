@@ -21,10 +21,8 @@ ABOUT = (
 _MEASURED = (
     ("top1", "fine-tuned", ".1%"),
     ("probe_top1", "probe", ".1%"),
-    ("knn_top1", "kNN", ".1%"),
     ("reference_cosine", "told pixels", ".3f"),
     ("one_plus_loss", "1 + loss", ".3f"),
-    ("target_cosine", "target cosine", ".2f"),
     ("effective_rank", "rank", ".1f"),
 )
 
@@ -113,5 +111,5 @@ def _mean(values: Sequence[float | None], form: str) -> Cell:
     known = [value for value in values if value is not None]
     if not known:
         return Cell("–", "number")
-    between = f"{min(known):{form}}–{max(known):{form}}" if len(known) > 1 else ""
+    between = f"{min(known):{form}}".rstrip("%") + f"–{max(known):{form}}" if len(known) > 1 else ""
     return Cell(f"{sum(known) / len(known):{form}}", "number", between)
