@@ -5,7 +5,7 @@ recomputation saves and costs; and what the training loop adds to the step. Resu
 GPUs have a program of their own, gpu_check.py.
 
 examples:
-  python benchmarks/step.py                            ViT-S, about 15 minutes on two quiet cores
+  python benchmarks/step.py                            ViT-S, about 16 minutes on two quiet cores
   python benchmarks/step.py --size vit_ti --rounds 2   a quick look
 """
 
@@ -294,7 +294,7 @@ def _ignore(_phase: str) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="vit_s", help="of the model (default: vit_s)")
-    parser.add_argument("--image-size", type=int, default=112, metavar="PIXELS", help="(default: 112)")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="(default: 224)")
     parser.add_argument("--batch", type=int, default=16, metavar="IMAGES", help="of a step (default: 16)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
     parser.add_argument("--shards", default="data/demo/train", help="for the loop (tools/make_demo_data.py makes them)")
