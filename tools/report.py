@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def as_text(table: Table, title: str) -> str:
-    shown, console = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD), Console(width=160)
+    shown, console = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)), Console(width=160)
     for number, cell in enumerate(table.head):
         side: JustifyMethod = "right" if cell.kind == "number" else "left"
         shown.add_column(cell.text, justify=side, overflow="fold", no_wrap=number == 0)

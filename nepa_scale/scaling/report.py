@@ -97,8 +97,8 @@ def make_report(runs: list[RecordedRun], title: str, progress: Progress, bootstr
     forms, ablations = tables.form_table(laws), repeated_tables(runs)
     where, how = tables.environment_table(runs), tables.commands(runs)
     sections = [
-        Section("runs", "Runs", table=tables.run_table(runs, metrics, collapsed)),
         *ablation_sections(ablations),
+        Section("runs", "Runs", table=tables.run_table(runs, metrics, collapsed)),
         Section("curves", "Quality over training", figures=curve_figures(metrics, curves, series, baselines(runs))),
         Section("frontier", "Frontier of the training curves", figures=[frontier_figure(m, series) for m in frontiers]),
         Section("laws", "Scaling laws", _LAWS, tables.law_table(laws) if laws else None, drawn),

@@ -11,7 +11,7 @@ from nepa_scale.scaling.recorded_runs import COLLAPSED_COSINE, COLLAPSED_RANK, R
 from nepa_scale.scaling.report_page import Cell, Section, Table
 
 ABOUT = (
-    "Published: top-1 in percent after fine-tuning ViT-B on ImageNet-1k. Measured: mean over seeds, lowest and "
+    "Measured: mean over seeds, lowest and "
     f"highest. A run fails by collapse (its last targets have a mean cosine above {COLLAPSED_COSINE} or an effective "
     f"rank below {COLLAPSED_RANK:g}), by saturation (1 + loss is below {SATURATED:g}), or for no gain (the linear "
     "probe is no better than on the untrained network). Told pixels: the cosine between the next patch's pixels and "
@@ -88,14 +88,21 @@ def repeated_tables(runs: Sequence[RecordedRun]) -> list[RepeatedTable]:
 
 
 def ablation_sections(tables: Sequence[RepeatedTable]) -> list[Section]:
+    """What the columns mean is said in the first."""
     return [
-        Section(f"ablation_{one.table.name}", f"Ablation: {one.table.title}", _about(one.table), one.shown())
-        for one in tables
+        Section(
+            f"ablation_{one.table.name}",
+            f"Ablation: {one.table.title}",
+            f"{_published(one.table)} {'' if number else ABOUT}",
+            one.shown(),
+        )
+        for number, one in enumerate(tables)
     ]
 
 
-def _about(table: AblationTable) -> str:
-    return ABOUT + (f" Published after {table.steps:,} steps of pretraining." if table.steps else "")
+def _published(table: AblationTable) -> str:
+    steps = f" after {table.steps:,} steps of pretraining" if table.steps else ""
+    return f"Published{steps}: top-1 in percent of ViT-B, fine-tuned on ImageNet-1k."
 
 
 def _values(key: str, runs: Sequence[RecordedRun], tuned: Sequence[RecordedRun]) -> list[float | None]:
