@@ -29,6 +29,10 @@ def choose_compilation(requested: bool | None, device: torch.device) -> tuple[bo
         raise ConfigError(
             f"compile=true, but torch.compile does not work here: {trouble}; mend it, or set compile=false"
         )
+    if requested is None and not trouble:  # nobody insists: what turns out not to compile runs as it is, with a warning
+        from torch import _dynamo  # takes a second or two
+
+        _dynamo.config.suppress_errors = True
     return not trouble, trouble
 
 

@@ -31,8 +31,11 @@ def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_by_default_gpus_compile_and_hosts_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nepa_scale.sharding.compilation._trouble", lambda _device: "")
-    assert choose_compilation(None, CPU) == (False, "")
-    assert choose_compilation(None, GPU) == (True, "")
+    with torch._dynamo.config.patch(suppress_errors=False):
+        assert choose_compilation(None, CPU) == (False, "")
+        assert not torch._dynamo.config.suppress_errors
+        assert choose_compilation(None, GPU) == (True, "")
+        assert torch._dynamo.config.suppress_errors  # what does not compile runs as it is
     assert choose_compilation(False, GPU) == (False, "")
     assert choose_compilation(True, CPU) == (True, "")
 
