@@ -1,25 +1,28 @@
 """The pretraining step on one GPU: images/s, share of what this chip reaches in a matrix product, peak memory.
 
 First the ceiling: a large bf16 product of random numbers. Then ViT-B/14, L/14, H/14 and g/14 at 224 px, uint8 images on
-the device, the optimiser and the moving average included: by strategy (all on one GPU, so that what sharding itself
-costs shows), by recomputation, and against the same model in plain PyTorch (official_style.py), all in this process.
-The most telling come first; what the time does not suffice for is listed as not run. Results go to
-results/gpu_check.{json,md} here. Where there is no GPU, a small version runs on the CPU, to see that the program works.
+the device (noise, or with --shards crops augmented as in training), the optimiser and the moving average included: by
+strategy (all on one GPU, so that what sharding itself costs shows), by recomputation, and against the same model in
+plain PyTorch (official_style.py), all in this process. The most telling come first; what the time does not suffice for
+is listed as not run. Results go to results/gpu_check.{json,md} here. Where there is no GPU, a small version runs on the
+CPU, to see that the program works.
 
 examples:
   python benchmarks/gpu_check.py                 on a GPU, under 8 minutes
   python benchmarks/gpu_check.py --minutes 3     less of it
+  python benchmarks/gpu_check.py --shards data/imagenet/train
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,9 @@ from official_style import PlainStep, PlainViT
 from report import RESULTS, machine, publish
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from nepa_scale.config import ConfigError, ModelConfig, load_config
+from nepa_scale.config import ConfigError, DataConfig, ModelConfig, load_config
+from nepa_scale.data import ShardSet, TrainStream
+from nepa_scale.data.batch import Batch
 from nepa_scale.models import resolve_architecture
 from nepa_scale.profiling.flops import count_flops
 from nepa_scale.profiling.memory import predict
@@ -88,13 +93,13 @@ CPU = Plan(
 )
 
 
-def measure(cell: Cell, plan: Plan, world: World, compiled: bool | None) -> dict[str, Any]:
+def measure(cell: Cell, plan: Plan, world: World, compiled: bool | None, crops: Batch | None) -> dict[str, Any]:
     """A row: of the largest batch that fits, by prediction, and if that is wrong the next that does."""
     for batch in plan.batches:
         if not fits(cell, plan, batch, world.device):
             continue
         try:
-            return asdict(cell) | {"batch": batch} | timed(cell, plan, batch, world, compiled)
+            return asdict(cell) | {"batch": batch} | timed(cell, plan, batch, world, compiled, crops)
         except torch.OutOfMemoryError:
             pass
         finally:
@@ -118,7 +123,9 @@ def clear(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def timed(cell: Cell, plan: Plan, batch: int, world: World, compiled: bool | None) -> dict[str, Any]:
+def timed(
+    cell: Cell, plan: Plan, batch: int, world: World, compiled: bool | None, crops: Batch | None
+) -> dict[str, Any]:
     config = load_config(
         None,
         [
@@ -129,20 +136,40 @@ def timed(cell: Cell, plan: Plan, batch: int, world: World, compiled: bool | Non
         ],
     )  # fmt: skip
     device = world.device
+    side = plan.image_size
+    some = StepRunner.noise(batch, (side, side), device) if crops is None else first(crops, batch)
     if cell.strategy == PLAIN:
         a = resolve_architecture(config.model)
         plain = PlainStep(
             PlainViT(a.width, a.depth, a.heads, a.mlp_width, a.patch_size, gated=a.gated, qk_norm=True).to(device),
             "bf16", config.ema.decay,
         )  # fmt: skip
-        side = plan.image_size
-        images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)
-        return rates(cell, plan, batch, device, lambda: plain(images))
+        return rates(cell, plan, batch, device, lambda: plain(some.images))
     runner = StepRunner(config, world)
+    runner.batches = itertools.repeat(some)
     try:
         return rates(cell, plan, batch, device, lambda: runner.step(_ignore))
     finally:
         runner.close()
+
+
+def crops_of(shards: str, plan: Plan, device: torch.device) -> Batch:
+    """The largest batch of the training stream, augmented as in training, on the device."""
+    config, most = DataConfig(ragged="pad"), plan.batches[0]
+    stream = TrainStream(
+        ShardSet.open(shards, config), config, image_size=(plan.image_size, plan.image_size), global_batch_size=most,
+        micro_batch_size=most, seed=0, rank=0, world_size=1,
+    )  # fmt: skip
+    try:
+        return next(iter(stream)).to_device(device)
+    finally:
+        stream.close()
+
+
+def first(batch: Batch, count: int) -> Batch:
+    """The first images of a batch, with what belongs to them; lists, of which a step makes nothing, stay whole."""
+    parts = {name: value[:count] for name, value in vars(batch).items() if not isinstance(value, list)}
+    return replace(batch, **parts)
 
 
 def rates(cell: Cell, plan: Plan, batch: int, device: torch.device, step: Callable[[], Any]) -> dict[str, Any]:
@@ -188,7 +215,8 @@ def table(facts: dict[str, Any]) -> str:
     alone = {row["size"]: row for row in rows if row["strategy"] == "single" and row["recompute"] == "none"}
     lines = [
         f"Measured with `{facts['command']}` on {facts['device']} ({facts['machine']}): {facts['image_size']} px, "
-        f"bf16, {'compiled' if facts['compiled'] else 'not compiled'}. A large bf16 product of random numbers reaches "
+        f"bf16, {'compiled' if facts['compiled'] else 'not compiled'}, images: {facts['images']}. "
+        f"A large bf16 product of random numbers reaches "
         f"{ceiling / 1e12:.3g} TFLOP/s here: the ceiling. Medians of {facts['steps']} steps.",
         "",
         "| size | step | recomputation | images a step | images/s | of the ceiling | of single | GB | waits |",
@@ -216,6 +244,7 @@ def _ignore(_phase: str) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no further row begins (default: 7.5)")
+    parser.add_argument("--shards", metavar="SHARDS", help="of images to crop (default: noise)")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, and a table in .md beside it "
                         "(default: results/gpu_check.json here; on a CPU: ./gpu_check_cpu.json)")  # fmt: skip
@@ -227,10 +256,11 @@ def main() -> int:
     world = join_world()
     device = world.device
     plan, compiled = (GPU, False if arguments.no_compile else None) if device.type == "cuda" else (CPU, False)
+    crops = crops_of(arguments.shards, plan, device) if arguments.shards else None
     facts: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]), "machine": machine(), "image_size": plan.image_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU",
-        "compiled": compiled is None, "steps": plan.steps, "rows": [],
+        "compiled": compiled is None, "images": arguments.shards or "noise", "steps": plan.steps, "rows": [],
         "ceiling_flops_per_second": measured_product_rate(device, "bf16"),
     }  # fmt: skip
     output = arguments.output or (RESULTS / "gpu_check.json" if device.type == "cuda" else Path("gpu_check_cpu.json"))
@@ -242,7 +272,7 @@ def main() -> int:
             if time.perf_counter() - began > 60 * arguments.minutes:
                 facts["rows"].append(asdict(cell) | {"not_run": "out of time"})
             else:
-                facts["rows"].append(measure(cell, plan, world, compiled))
+                facts["rows"].append(measure(cell, plan, world, compiled, crops))
             progress.advance(bar)
             facts["minutes"] = (time.perf_counter() - began) / 60
             output.with_suffix(".part").write_text(table(facts))  # something is there if it is cut off

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from nepa_scale.models.layers import pixels_of_patches
+
 RIDGE = 1e-3  # of the mean variance of the predictions
 
 
@@ -61,7 +63,5 @@ class ReferencePrediction:
     def _pairs(self, predictions: Tensor, images: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions of CLS and all patches but the last, with 1 appended, and the pixels of the patches: rows."""
         side = round((images.shape[2] * images.shape[3] / (predictions.shape[1] - 1)) ** 0.5)
-        # a batch may be all padding: pixel_unshuffle returns an image of no pixels as it is
-        patches = images[counted].unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
         x = predictions[counted, :-1].float()
-        return F.pad(x, (0, 1), value=1.0).flatten(0, 1), patches.flatten(3).flatten(0, 2)
+        return F.pad(x, (0, 1), value=1.0).flatten(0, 1), pixels_of_patches(images[counted], side).flatten(0, 1)

@@ -90,14 +90,14 @@ def convolve_patches(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def multiply_patches(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The same as a matrix product."""
-    batch, channels, height, width = images.shape
-    p = weight.shape[-1]
-    patches = (
-        images.reshape(batch, channels, height // p, p, width // p, p)
-        .permute(0, 2, 4, 1, 3, 5)
-        .reshape(batch, -1, channels * p * p)
-    )
-    return F.linear(patches, weight.flatten(1), bias)
+    return F.linear(pixels_of_patches(images, weight.shape[-1]), weight.flatten(1), bias)
+
+
+def pixels_of_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Images [B, C, h, w] -> [B, patches, C P P], patches row by row, each in the order of a convolution's weight."""
+    p = patch_size
+    patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+    return patches.flatten(3).flatten(1, 2)
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nepa_scale.config import ConfigError, ObjectiveConfig
 from nepa_scale.counter_random import uniform
 from nepa_scale.models import Architecture, CausalViT
+from nepa_scale.models.layers import pixels_of_patches
 from nepa_scale.models.selection import select
 from nepa_scale.objectives.decoder import Decoder, decoder_architecture
 
@@ -43,13 +44,6 @@ def hide(sample_keys: Tensor, patches: int, hidden: int) -> tuple[Tensor, Tensor
     scores = uniform(sample_keys, "mae", count=patches)
     order = scores.argsort(dim=1, stable=True)  # stable: equal scores have one order on every device
     return order[:, hidden:], order[:, :hidden]
-
-
-def pixels_of_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Images [B, 3, h, w] -> [B, N, 3 P P], patches row by row."""
-    p = patch_size
-    patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
-    return patches.flatten(3).flatten(1, 2)
 
 
 def normalized_pixels(images: Tensor, patch_size: int) -> Tensor:

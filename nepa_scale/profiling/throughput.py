@@ -7,6 +7,7 @@ device, or from the run's own data stream. Launches are left to torchrun or deep
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,8 @@ class StepRunner:
         self.average = MovingAverage(self.strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
         self.teacher = make_teacher(config, self.strategy, self.average)
         self.stream = self._open_stream()
-        self.batches: Iterator[Batch] = iter(self.stream) if self.stream is not None else self._same_batch()
+        noise = self.noise(self.plan.micro_batch_size, self.task.architecture.image_size, world.device)
+        self.batches: Iterator[Batch] = itertools.repeat(noise) if self.stream is None else iter(self.stream)
 
     def _open_stream(self) -> TrainStream | None:
         if self.config.data.train is None:
@@ -123,16 +125,13 @@ class StepRunner:
             world_size=self.world.size,
         )
 
-    def _same_batch(self) -> Iterator[Batch]:
-        """One batch of noise on the device, again and again."""
-        count, device = self.plan.micro_batch_size, self.world.device
-        images = torch.randint(0, 256, (count, 3, *self.task.architecture.image_size), dtype=torch.uint8, device=device)
+    @staticmethod
+    def noise(count: int, size: tuple[int, int], device: torch.device) -> Batch:
+        """Images of `size` (height, width) on the device, without labels that mean anything."""
+        images = torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, device=device)
         keys = torch.arange(count, device=device)
-        batch = Batch(
-            images, torch.zeros(count, dtype=torch.bool, device=device), keys, keys, keys, keys.cpu().numpy(), []
-        )
-        while True:
-            yield batch
+        flip = torch.zeros(count, dtype=torch.bool, device=device)
+        return Batch(images, flip, keys, keys, keys, keys.cpu().numpy(), [])
 
     def step(self, mark: Callable[[str], None]) -> None:
         """One optimiser step; `mark(phase)` is called at the end of each phase but forward's and backward's seam."""

@@ -115,7 +115,9 @@ def repeated(table: AblationTable, runs: Sequence[RecordedRun]) -> list[list[Rec
     """
     groups: dict[str, list[RecordedRun]] = {}
     for run in runs:
-        if run.config is not None and run.config.task == "pretrain" and run.status == "finished":
+        if run.config is None or run.status != "finished":
+            continue
+        if run.config.task == "pretrain" and run.config.objective.name == "next_embedding":
             groups.setdefault(_all_else(run.config), []).append(run)
     by_row = [[_of_row(row, group) for row in table.rows] for group in groups.values()]
     best = max(by_row, key=_rows_filled, default=[])
