@@ -37,7 +37,8 @@ class Linear(nn.Linear):
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension, computed in fp32 from an input of any dtype; eps 1e-12, bias optional.
 
-    The result is returned in `dtype` of the call, the input's own where none is given.
+    The result is returned in `dtype` of the call, the input's own where none is given. Weight and bias are first
+    rounded to the dtype of the products, which is the input's or, behind the fp32 residual stream, the result's.
     """
 
     def __init__(self, width: int, *, weight: bool = True, bias: bool = True) -> None:
@@ -48,7 +49,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or x.dtype
-        weight, bias = (None if p is None else p.to(dtype).float() for p in (self.weight, self.bias))
+        products = dtype if x.dtype == torch.float32 else x.dtype
+        weight, bias = (None if p is None else p.to(products).float() for p in (self.weight, self.bias))
         return F.layer_norm(x.float(), (self.width,), weight, bias, NORM_EPS).to(dtype)
 
 
@@ -116,14 +118,18 @@ class Attention(nn.Module):
             self.key_norm = LayerNorm(self.head_dim, weight=affine, bias=False)
 
     def queries_keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Three [B, H, T, d], queries and keys normalised and rotated."""
+        """Three [B, H, T, d], queries and keys normalised and rotated.
+
+        That happens in fp32 up to the one rounding at the end, and in the layout of the projection: heads are brought
+        before tokens as views only, which spares copies in both passes.
+        """
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_dim).unbind(2)
         if self.normalized:
-            q, k = self.query_norm(q), self.key_norm(k)
+            q, k = self.query_norm(q, torch.float32), self.key_norm(k, torch.float32)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return q, k, v
+        return q.to(x.dtype).transpose(1, 2), k.to(x.dtype).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, causal: bool) -> Tensor:
         q, k, v = self.queries_keys_values(x, rope)
@@ -178,8 +184,11 @@ class Block(nn.Module):
 
 
 def _branch(y: Tensor, scale: Tensor | None, kept: Tensor | None) -> Tensor:
-    """A branch [B, T, D] as it is added to the stream: in fp32, scaled by channel [D] and by sample [B, 1, 1]."""
-    y = y.float() if scale is None else y.float() * scale.to(y.dtype).float()
+    """A branch [B, T, D] as it is added to the stream: in fp32, scaled by channel [D] and by sample [B, 1, 1].
+
+    The product takes the branch in its own dtype, and so keeps no fp32 copy of it for the backward pass.
+    """
+    y = y.float() if scale is None else y * scale.to(y.dtype).float()
     return y if kept is None else y * kept
 
 

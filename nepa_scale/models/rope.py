@@ -42,6 +42,7 @@ def rope_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` [B, H, T, d] with its pairs (i, i + d/2) turned by the tables' angles, in float32, returned in x's dtype."""
+    """`x` [B, T, H, d] with its pairs (i, i + d/2) turned by the angles of tables [T, d] or [B, T, d], as float32."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

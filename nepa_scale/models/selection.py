@@ -20,6 +20,6 @@ def select(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 def select_tables(tables: tuple[Tensor, Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary tables [T, d] and int64 [B, K] -> those of these tokens, [B, 1, K, d]: the same for all heads."""
+    """Rotary tables [T, d] and int64 [B, K] -> those of these tokens, [B, K, d]."""
     cos, sin = tables
-    return cos[tokens].unsqueeze(1), sin[tokens].unsqueeze(1)
+    return cos[tokens], sin[tokens]

@@ -68,14 +68,13 @@ def block_activations(shape: Shape) -> dict[str, int]:
         floats += 2 * a.head_dim * FLOAT if shape.low and a.qk_norm == "affine" else 0
     if a.rope or a.qk_norm != "none":
         attention += 2 * shape.stream  # queries and keys as attended with
-    # the result, which comes in the layout of the queries: contiguous after their norm, it is copied for the projection
-    attention += shape.stream * (1 if a.qk_norm == "none" else 2) + rows * a.heads * FLOAT  # and the log of the sums
+    attention += shape.stream + rows * a.heads * FLOAT  # the result, and the log of the sums
     kinds = {
         "residual": 2 * shape.residual,
         "norms": 2 * shape.stream + norms + floats,
         "attention": attention,
         "mlp": (4 if a.gated else 2) * shape.hidden,
-        "branches": 0 if a.layer_scale is None else 2 * shape.residual,
+        "branches": 0 if a.layer_scale is None else 2 * shape.stream,
     }
     if shape.cast and shape.low:
         kinds["cast_weights"] = 2 * product_weights(a)
