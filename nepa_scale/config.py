@@ -208,6 +208,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     strategy: str = "auto"  # auto | single | ddp | fsdp | zero1 | zero2 | zero3
     activation_checkpointing: str = "none"  # none | selective | full
+    activation_memory_budget: float = 1.0  # with compile=true: below 1 the compiler keeps less, and redoes the rest
     compile: bool | None = None  # torch.compile of each block; null: on GPUs
     tracker: str = "none"  # none | wandb
     output: str = "runs/default"  # the run folder
@@ -280,6 +281,7 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "evaluate.every": (0, float("inf")),
     "evaluate.bank": (1, float("inf")),
     "evaluate.batch_size": (1, float("inf")),
+    "activation_memory_budget": (0.0, 1.0),
 }
 
 
@@ -432,6 +434,11 @@ def _check_ranges(config: Config) -> None:
         pair = flat[name]
         if len(pair) != 2 or (name != "optimizer.betas" and not 0 < pair[0] <= pair[1]):
             raise ConfigError(f"{name}={pair} must be two numbers, the smaller first")
+    if config.activation_memory_budget < 1 and not (config.compile and config.activation_checkpointing == "none"):
+        raise ConfigError(
+            f"activation_memory_budget={config.activation_memory_budget:g} is for the compiler to keep to: "
+            "set compile=true and activation_checkpointing=none"
+        )
 
 
 def _check_objective(config: Config) -> None:

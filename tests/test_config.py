@@ -172,6 +172,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
         ("data.crop_scale=[1.0, 0.1]", "data.crop_scale=[1.0, 0.1] must be two numbers, the smaller first"),
         ("data.crop_scale=[1.0]", "must be two numbers"),
         ("data.crop_ratio=[0, 1]", "data.crop_ratio=[0.0, 1.0]"),
+        ("activation_memory_budget=0.5", "set compile=true and activation_checkpointing=none"),
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9] must be two numbers"),
     ],
 )

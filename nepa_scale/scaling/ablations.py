@@ -30,7 +30,8 @@ SATURATED = 1e-3  # of 1 + loss: nothing is left to predict (the whole method en
 _VARIED = (  # keys in which rows of a table may differ, or which do not change what is learnt
     "objective.shift", "objective.causal", "objective.stop_gradient", "objective.mask_ratio",
     "model.layer_scale", "model.rope", "model.qk_norm", "model.mlp",
-    "train.seed", "train.resume", "output", "tracker", "strategy", "activation_checkpointing", "compile",
+    "train.seed", "train.resume", "output", "tracker", "strategy", "activation_checkpointing",
+    "activation_memory_budget", "compile",
 )  # fmt: skip
 
 

@@ -7,10 +7,13 @@ others, made once for its batches and once for a last one that is shorter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import nn
+import torch._functorch.config as functorch
+from torch import Tensor, nn
 
 from nepa_scale.config import ConfigError
 from nepa_scale.sharding.strategy import units_of
@@ -36,11 +39,30 @@ def choose_compilation(requested: bool | None, device: torch.device) -> tuple[bo
     return not trouble, trouble
 
 
-def compile_units(module: nn.Module, enabled: bool) -> None:
-    """Compiles the forward of each unit, in place."""
+def compile_units(module: nn.Module, enabled: bool, memory_budget: float = 1.0) -> None:
+    """Compiles the forward of each unit, in place; memory_budget: the share of the activations that they may keep.
+
+    1 keeps what makes the step fastest, 0 a unit's input. In between the compiler solves for what costs the least time
+    to redo.
+    """
     if enabled:
+        backend = _inductor_within(memory_budget) if memory_budget < 1 else "inductor"
         for unit in units_of(module):
-            unit.forward = torch.compile(unit.forward)
+            unit.forward = torch.compile(unit.forward, backend=backend)
+
+
+@lru_cache
+def _inductor_within(memory_budget: float) -> Callable[[torch.fx.GraphModule, list[Tensor]], Any]:
+    """The compiler with a budget of its own: torch's is a setting of the process, and units of different budgets would
+    share graphs; graphs of different backends are never shared."""
+
+    def compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from torch._inductor.compile_fx import compile_fx  # takes a second or two
+
+        with functorch.patch(activation_memory_budget=memory_budget):
+            return compile_fx(graph, inputs)
+
+    return compiled
 
 
 @lru_cache

@@ -47,6 +47,7 @@ class StepSettings:
     eps: float
     recompute: str  # none | selective | full
     compile: bool
+    memory_budget: float = 1.0  # share of the activations that compiled units keep
 
 
 Refusal = Callable[[Tensor], Tensor]  # the gradient norm [] -> whether to leave the update out, bool [] on its device

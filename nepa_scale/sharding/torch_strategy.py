@@ -51,7 +51,7 @@ class TorchStrategy:
             self.module = build()
         self.module.train()
         recompute_units(self.module, settings.recompute)
-        compile_units(self.module, settings.compile)
+        compile_units(self.module, settings.compile, settings.memory_budget)
         if name == "fsdp":
             self._shard_module()
         self.module.to_empty(device=world.device)

@@ -75,7 +75,7 @@ class ZeroStrategy:
             for unit in units_of(module)[1:]:
                 set_z3_leaf_module(unit, True)
         recompute_units(module, settings.recompute)
-        compile_units(module, settings.compile)
+        compile_units(module, settings.compile, settings.memory_budget)
         self.groups, adamw_groups = optimizer_groups(module.named_parameters(), grouping)
         names = [name for group in self.groups for name in group.names]
         parameters = dict(module.named_parameters())

@@ -53,4 +53,5 @@ def step_settings(config: Config, plan: BatchPlan, *, compiled: bool = False) ->
         eps=config.optimizer.eps,
         recompute=config.activation_checkpointing,
         compile=compiled,
+        memory_budget=config.activation_memory_budget,
     )

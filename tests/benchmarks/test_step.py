@@ -62,7 +62,10 @@ def test_the_command_runs_small(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads((tmp_path / "step.json").read_text())
     assert set(facts["strategies"]["rate_of_ddp"]) == {"fsdp", "zero3"}
-    assert 0 < facts["recompute"]["selective"]["saved"] < facts["recompute"]["full"]["saved"] < 1
+    modes = facts["recompute"]["modes"]
+    assert modes["none"]["saved"] == 0 < modes["none"]["saved_of_not_compiled"]
+    assert 0 < modes["selective"]["saved"] < modes["full"]["saved"] < 1
+    assert modes["a memory budget of 0.5"]["saved"] > 0.4
     assert sum(facts["loop"].values()) == pytest.approx(1.0)
     assert facts["loop"]["forward and backward"] > 0.3
     assert "plain PyTorch" in (tmp_path / "step.md").read_text()

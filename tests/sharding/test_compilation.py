@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from nepa_scale.config import ConfigError, ModelConfig, ObjectiveConfig
@@ -73,3 +74,34 @@ def test_blocks_share_their_graphs_and_training_keeps_to_them() -> None:
     evaluated = int(counters["stats"]["unique_graphs"])
     assert [step(number) for number in range(4, 6)] == [evaluated, evaluated]
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_memory_budget_is_kept_to_and_changes_no_gradient() -> None:
+    model = ModelConfig(width=64, depth=4, heads=2, patch_size=4, image_size=32)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def run(budget: float | None) -> tuple[int, list[Tensor]]:
+        task = NextEmbedding(CausalViT(resolve_architecture(model)), ObjectiveConfig()).train()
+        initialize_module(task, task.backbone.architecture, 0)
+        compile_units(task, budget is not None, 1.0 if budget is None else budget)
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = task(images)["loss"]
+        loss.backward()
+        weights = sum(p.untyped_storage().nbytes() for p in task.parameters())
+        return sum(kept.values()) - weights, [p.grad for p in task.parameters() if p.grad is not None]
+
+    _, expected = run(None)
+    kept = {}
+    for budget in (1.0, 0.5, 0.0):
+        kept[budget], gradients = run(budget)
+        for gradient, exact in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-6)
+    assert kept[0.5] < 0.6 * kept[1.0]
+    assert kept[0.0] < 0.25 * kept[1.0]

@@ -15,9 +15,10 @@ from tests.launch import TINY, metrics, run_training, write_shards
     [
         ("torchrun", ["strategy=fsdp", "activation_checkpointing=selective"]),
         ("torchrun", ["strategy=ddp", "activation_checkpointing=full"]),
+        ("torchrun", ["strategy=fsdp", "activation_memory_budget=0.5"]),
         ("deepspeed", ["--ds_config", "ds_configs/zero3.json"]),
     ],
-    ids=["fsdp", "ddp", "zero3"],
+    ids=["fsdp", "ddp", "budget", "zero3"],
 )
 def test_compiled_steps_are_those_of_eager_ones(kind: str, arguments: list[str], tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
