@@ -5,7 +5,7 @@ recomputation saves and costs; and what the training loop adds to the step. Resu
 GPUs have a program of their own, gpu_check.py.
 
 examples:
-  python benchmarks/step.py                            ViT-S, about 16 minutes on two quiet cores
+  python benchmarks/step.py                            ViT-S, about 12 minutes on two quiet cores
   python benchmarks/step.py --size vit_ti --rounds 2   a quick look
 """
 
