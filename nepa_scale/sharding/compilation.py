@@ -43,7 +43,7 @@ def compile_units(module: nn.Module, enabled: bool, memory_budget: float = 1.0) 
     """Compiles the forward of each unit, in place; memory_budget: the share of the activations that they may keep.
 
     1 keeps what makes the step fastest, 0 a unit's input. In between the compiler solves for what costs the least time
-    to redo.
+    to redo; but where a unit's weights are larger than all that it keeps, torch leaves such a budget aside.
     """
     if enabled:
         backend = _inductor_within(memory_budget) if memory_budget < 1 else "inductor"

@@ -52,7 +52,7 @@ def test_the_peer_computes_the_same_loss_and_gradients(
 def test_the_command_runs_small(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     command = [
-        sys.executable, str(BENCHMARKS / "step.py"), "--size", "vit_ti", "--image-size", "56", "--batch", "4",
+        sys.executable, str(BENCHMARKS / "step.py"), "--size", "vit_ti", "--image-size", "56", "--batch", "16",
         "--rounds", "1", "--shards", str(shards), "--output", str(tmp_path / "step.json"),
     ]  # fmt: skip
     done = subprocess.run(
