@@ -88,13 +88,16 @@ def product_weights(architecture: Architecture) -> int:
 
 
 def selective_activations(shape: Shape) -> dict[str, int]:
-    """Bytes that one block keeps under selective recomputation: its input, results of products and of attention."""
+    """Bytes that one block keeps under selective recomputation: its input, results of attention and products.
+
+    Those of square weights are redone: the attention's output, and an MLP as wide as the stream.
+    """
     a = shape.architecture
     lse = shape.rows * a.heads * FLOAT
     return {
         "residual": shape.residual,
-        "attention": (3 + 1 + 1) * shape.stream + lse,
-        "mlp": (2 if a.gated else 1) * shape.hidden + shape.stream,
+        "attention": (3 + 1) * shape.stream + lse,
+        "mlp": 0 if a.mlp_width == a.width else (2 if a.gated else 1) * shape.hidden + shape.stream,
     }
 
 

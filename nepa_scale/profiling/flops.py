@@ -52,14 +52,17 @@ def recomputed_flops(
 ) -> dict[str, int]:
     """FLOPs that activation recomputation adds to one image's backward pass, by module.
 
-    recompute: "none"; "selective" keeps every product, and so redoes element-wise work only; "full" redoes the blocks.
+    recompute: "none"; "selective" keeps products but those of square weights, as of attention's output; "full" redoes
+        the blocks.
         A block is redone up to the last value that its backward pass reads: where nothing multiplies the MLP's
         output (no LayerScale, no drop path) the MLP's last product is not.
     """
 
     def recomputed(one: Pass) -> dict[str, int]:
         a = one.architecture
-        redone = _block_flops(one) if recompute == "full" and one.trained else dict.fromkeys(PARTS[1:], 0)
+        redone = _block_flops(one) if recompute != "none" and one.trained else dict.fromkeys(PARTS[1:], 0)
+        if recompute == "selective":
+            redone |= {"qkv": 0, "scores": 0} | ({} if a.mlp_width == a.width else {"mlp": 0})
         if redone["mlp"] and a.layer_scale is None:
             dropped = a.depth - 1 if a.drop_path > 0 else 0  # the first block's rate is 0
             redone["mlp"] -= (a.depth - dropped) * 2 * one.sequences * one.tokens * a.width * a.mlp_width

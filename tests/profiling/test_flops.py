@@ -124,7 +124,7 @@ def test_halving_touches_attention_alone_and_only_where_it_is_causal() -> None:
 def test_model_flops_do_not_depend_on_recomputation_and_hardware_flops_do() -> None:
     none, selective, full = (count_flops("vit_b", recompute=mode) for mode in ("none", "selective", "full"))
     assert none.train_flops_per_image == selective.train_flops_per_image == full.train_flops_per_image
-    assert none.hardware_flops_per_image == selective.hardware_flops_per_image < full.hardware_flops_per_image
+    assert none.hardware_flops_per_image < selective.hardware_flops_per_image < full.hardware_flops_per_image
     blocks = full.flops_per_image - full.forward["embedding"]
     assert full.hardware_flops_per_image - none.hardware_flops_per_image == blocks
 
