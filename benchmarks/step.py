@@ -38,6 +38,7 @@ from nepa_scale.sharding import World, join_world, leave_world, max_over_ranks
 from nepa_scale.sharding.torch_strategy import TorchStrategy
 from nepa_scale.training.agreement import Agreement
 from nepa_scale.training.backward_probe import BackwardProbe
+from nepa_scale.training.departure import depart
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.loop import Logs
 from nepa_scale.training.metrics import Meter
@@ -251,6 +252,7 @@ def on_ranks(arguments: argparse.Namespace) -> None:
     if world.is_main:
         arguments.ranks.write_text(json.dumps(seconds))
     leave_world()
+    depart(0)
 
 
 def bf16_in_hardware() -> bool:

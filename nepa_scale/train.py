@@ -300,7 +300,4 @@ def make_trackers(config: Config, world: World) -> list[Tracker]:
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    status = main()
-    if status == EXIT_STOPPED:
-        depart(status)  # where the launcher has died, there may be nowhere left to write to, and nothing to close
-    sys.exit(status)
+    depart(main())

@@ -34,6 +34,7 @@ from nepa_scale.evaluation.loading import attends_causally, load_any
 from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
 from nepa_scale.objectives import Classifier
 from nepa_scale.sharding import World, join_world, leave_world
+from nepa_scale.training.departure import depart
 from nepa_scale.training.export import KINDS
 
 
@@ -169,4 +170,4 @@ def report(facts: dict[str, Any], json_file: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    depart(main())

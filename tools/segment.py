@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,6 +48,7 @@ from nepa_scale.evaluation.segmentation import (
 )
 from nepa_scale.evaluation.segmentation_report import describe, draw
 from nepa_scale.sharding import World, join_world, leave_world
+from nepa_scale.training.departure import depart
 from nepa_scale.training.export import KINDS
 from nepa_scale.training.progress import with_progress
 
@@ -177,4 +177,4 @@ def draw_some(features: DenseFeatures, head: LinearHead, images: WholeImages, wo
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    depart(run(main))

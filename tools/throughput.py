@@ -34,6 +34,7 @@ from nepa_scale.profiling.data_rate import DataRate, measure_data_rate, to_facts
 from nepa_scale.profiling.throughput import Throughput, measure_throughput
 from nepa_scale.profiling.throughput_report import describe, draw
 from nepa_scale.sharding import join_world, leave_world
+from nepa_scale.training.departure import depart
 
 
 def parse() -> argparse.Namespace:
@@ -144,4 +145,4 @@ def describe_data(rate: DataRate) -> str:
 if __name__ == "__main__":
     if int(os.environ.get("RANK", "0")) > 0:  # one rank speaks
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    sys.exit(run(main))
+    depart(run(main))

@@ -25,6 +25,7 @@ from nepa_scale.profiling.live_tensors import OTHER, LiveTensors
 from nepa_scale.profiling.setup import Setup
 from nepa_scale.sharding import StepSettings, Strategy, World, build_strategy, choose_strategy, join_world, leave_world
 from nepa_scale.sharding.ds_config import DS_CONFIGS
+from nepa_scale.training.departure import depart
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.optimization import pretraining_groups
 
@@ -137,3 +138,4 @@ def _claim_state(live: LiveTensors, strategy: Strategy) -> None:
 
 if __name__ == "__main__":
     _work(Path(sys.argv[1]), Path(sys.argv[2]))
+    depart(0)

@@ -16,6 +16,7 @@ from nepa_scale.profiling.communication import count_step
 from nepa_scale.profiling.memory_measured import build_setup
 from nepa_scale.profiling.setup import Setup
 from nepa_scale.sharding import join_world, leave_world
+from nepa_scale.training.departure import depart
 
 MODEL = ModelConfig(size="vit_ti", image_size=28, depth=3)
 STRATEGIES, PRECISIONS = ("ddp", "fsdp", "zero1", "zero2", "zero3"), ("fp32", "bf16")
@@ -34,6 +35,7 @@ def main() -> None:
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(counts))
     leave_world()
+    depart(0)
 
 
 if __name__ == "__main__":

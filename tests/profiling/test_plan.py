@@ -30,13 +30,14 @@ def test_volumes_are_what_ranks_send(ranks: int, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    subprocess.run(
+    done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
             str(ROOT / "tests/profiling/communication_ranks.py"), str(output),
         ],
-        env=environment, check=True, capture_output=True, timeout=240,
+        env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
     counts = json.loads(output.read_text())
     parameters = count_parameters(resolve_architecture(MODEL))
     for strategy in STRATEGIES:

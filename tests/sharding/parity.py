@@ -39,6 +39,7 @@ from nepa_scale.sharding import (
     leave_world,
     mean_over_ranks,
 )
+from nepa_scale.training.departure import depart
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.optimization import pretraining_groups
 from nepa_scale.training.teacher import Teacher
@@ -123,6 +124,7 @@ def worker(output: Path, names: list[str]) -> None:
     if world.is_main:
         output.write_text(json.dumps(cells))
     leave_world()
+    depart(0)
 
 
 def launch(cells: Iterable[Cell], ranks: int) -> dict[Cell, dict[str, list[float]]]:

@@ -95,7 +95,8 @@ def _run(
         "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    from nepa_scale.training.signals import EXIT_STOPPED, stop_signals
+    from nepa_scale.training.departure import depart
+    from nepa_scale.training.signals import stop_signals
 
     stop_signals.install()  # as early as the program does
     Path(f"{output}/begun_{rank}").touch()
@@ -108,11 +109,7 @@ def _run(
     torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     train.print_summary = lambda _folder: None  # its plots take longer than the training
-    status = train.main(arguments)
-    if status == EXIT_STOPPED:
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    depart(train.main(arguments))
 
 
 def steps_of(run: Path) -> list[int]:
