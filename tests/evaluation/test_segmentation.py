@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nepa_scale import command_line
 from nepa_scale.data.segmentation_folder import IGNORED, RandomCrops, Split, WholeImages
 from nepa_scale.evaluation.segmentation import (
     DenseFeatures,
@@ -78,15 +79,16 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs tools/segment.py here, as it would by itself, but without the seconds of another process's imports."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def on_this_rank(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments), "--workers", "0"])
-        with pytest.raises(SystemExit) as exit_:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
+        try:
+            status = command_line.run(runpy.run_path(str(TOOL))["main"])
+        except SystemExit as exit_:  # argparse's
+            status = int(exit_.code or 0)
+        return status, *capsys.readouterr()
 
-    return run
+    return on_this_rank
 
 
 def on_two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
