@@ -14,6 +14,7 @@ processes. The run folder is on a file system that all ranks share, and outlives
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -28,21 +29,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch.autograd.graph
 import torch.distributed as dist
 
 from nepa_scale.sharding import World
+from nepa_scale.training import agreement
 from nepa_scale.training.departure import EXIT_FAILURE, depart, on_departure
 from nepa_scale.training.run_lock import process_space, process_started
 
 FOLDER = "ranks"
 PATIENCE = 6  # times the timeout: what saving, evaluation, and the first step (which may compile) are allowed
-_WAITING = (
-    "/torch/distributed/",
-    "/torch/autograd/graph.py",
-    "/deepspeed/comm/",
-    "/training/agreement.py",
-    "/training/watchdog.py",
-)
 _STACK_LINES = 12
 
 
@@ -257,8 +253,25 @@ def _is_dead(report: dict[str, Any]) -> bool:
     return report["space"] == process_space() and process_started(report["pid"]) != report["started"]
 
 
+def _waiting_files() -> tuple[str, ...]:
+    """Files, and folders that end in a separator, whose code a rank runs while it waits for the others."""
+    folders = [str(Path(dist.__file__).parent)]
+    deepspeed = importlib.util.find_spec("deepspeed")  # found, not imported: that takes seconds
+    if deepspeed is not None and deepspeed.origin is not None:
+        folders.append(str(Path(deepspeed.origin).parent / "comm"))
+    return (
+        *(folder + os.sep for folder in folders),
+        f"{torch.autograd.graph.__file__}:",
+        f"{agreement.__file__}:",
+        f"{__file__}:",
+    )
+
+
+_WAITING = _waiting_files()
+
+
 def _waits(report: dict[str, Any]) -> bool:
-    return bool(report["stack"]) and any(part in report["stack"][-1].split(" in ")[0] for part in _WAITING)
+    return bool(report["stack"]) and report["stack"][-1].startswith(_WAITING)
 
 
 def _where(report: dict[str, Any]) -> str:

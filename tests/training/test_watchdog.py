@@ -122,3 +122,34 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(shards: Path, tmp_path: Pa
     assert "resumed after step 4" in done.stdout
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert_same_history(run, whole)
+
+
+def test_a_rank_waits_where_its_innermost_frame_is_in_a_collective() -> None:
+    """Known by the modules' own files, wherever they are installed and whatever others are called."""
+    import deepspeed.comm.comm
+    import torch.autograd.graph
+    import torch.distributed as dist
+
+    from nepa_scale.training import agreement, watchdog
+
+    def waits(file: str | None) -> bool:
+        return watchdog._waits({"stack": [f"{__file__}:3 in main: x()", f"{file}:7 in f: wait()"]})
+
+    waiting = (
+        dist.distributed_c10d,
+        dist.nn.functional,
+        torch.autograd.graph,
+        deepspeed.comm.comm,
+        agreement,
+        watchdog,
+    )
+    assert all(waits(module.__file__) for module in waiting)
+    for file in (
+        __file__,
+        torch.__file__,
+        deepspeed.__file__,
+        "/home/user/training/agreement.py",
+        "/x/deepspeed/comm/a.py",
+    ):
+        assert not waits(file)
+    assert not watchdog._waits({"stack": []})
