@@ -87,9 +87,9 @@ class FinetuneConfig:
     pooling: str = "mean"  # of the patches; or last: the last patch, which under causal attention has seen all
     causal: bool = False  # keep attention causal, as in the starred results
     freeze_patches: bool = True  # weight and bias of the patch embedding stay as they are
-    layer_decay: float = 0.65
+    layer_decay: float = 0.65  # 1: all layers alike, and all warm up over the whole warmup
     layer_decay_kind: str = "constant"  # constant (factor from block to block) | linear (from layer_decay to 1)
-    head_lr: float = 1e-3  # peak learning rate of the final norms and the classifier, for any batch size
+    head_lr: float = 1e-3  # peak learning rate of the last norm and the classifier, for any batch size
     label_smoothing: float = 0.1
 
 
@@ -134,6 +134,7 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None  # what it becomes over the run, by a cosine; null: it stays
     clip: float = 1.0  # largest global gradient norm; 0: no clipping
 
 
@@ -175,6 +176,7 @@ class CheckpointConfig:
 @dataclass
 class EmaConfig:
     decay: float = 0.9999  # 0: no moving average
+    decay_end: float | None = None  # what the decay becomes over the run, linearly; null: it stays
 
 
 @dataclass
@@ -263,6 +265,7 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "optimizer.lr": (0.0, float("inf")),
     "optimizer.eps": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, 10.0),
+    "optimizer.weight_decay_end": (0.0, 10.0),
     "optimizer.clip": (0.0, float("inf")),
     "schedule.final_lr_fraction": (0.0, 1.0),
     "train.steps": (1, float("inf")),
@@ -277,6 +280,7 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive
     "checkpoint.keep": (1, float("inf")),
     "checkpoint.keep_every": (0, float("inf")),
     "ema.decay": (0.0, 1.0),
+    "ema.decay_end": (0.0, 1.0),
     "evaluate.crop_share": (0.01, 1.0),
     "evaluate.every": (0, float("inf")),
     "evaluate.bank": (1, float("inf")),
@@ -434,6 +438,8 @@ def _check_ranges(config: Config) -> None:
         pair = flat[name]
         if len(pair) != 2 or (name != "optimizer.betas" and not 0 < pair[0] <= pair[1]):
             raise ConfigError(f"{name}={pair} must be two numbers, the smaller first")
+    if config.ema.decay == 0 and config.ema.decay_end is not None:
+        raise ConfigError(f"ema.decay_end={config.ema.decay_end:g} needs a moving average: set ema.decay above 0")
     if config.activation_memory_budget < 1 and not (config.compile and config.activation_checkpointing == "none"):
         raise ConfigError(
             f"activation_memory_budget={config.activation_memory_budget:g} is for the compiler to keep to: "

@@ -41,13 +41,13 @@ from nepa_scale.training.checkpoint import Checkpointer, CheckpointFailure
 from nepa_scale.training.departure import EXIT_FAILURE, depart, on_departure
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.finetuning import Finetuning
-from nepa_scale.training.loop import Position, Run, Schedule, train
-from nepa_scale.training.optimization import peak_learning_rate, total_steps, warmup_steps
+from nepa_scale.training.loop import Position, Run, train
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.progress import Tracker, WandbTracker
 from nepa_scale.training.resumption import restore, rewind
 from nepa_scale.training.run_folder import prepare_run_folder
 from nepa_scale.training.run_lock import RunLock
+from nepa_scale.training.schedule import Schedule
 from nepa_scale.training.signals import EXIT_STOPPED, describe, stop_signals
 from nepa_scale.training.skips import TooManySkipped, TrainingFailure
 from nepa_scale.training.summary import print_plan, print_summary
@@ -129,13 +129,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
         val = together(world, lambda: open_shards(config.data.val, "data.val", config)) if config.data.val else None
         task = together(world, lambda: make_task(config, shards, plan.micro_batch_size))
         epoch_steps = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
-        schedule = Schedule(
-            total=total_steps(config, epoch_steps),
-            warmup=warmup_steps(config, epoch_steps),
-            peak_lr=peak_learning_rate(config),
-            final_lr_fraction=config.schedule.final_lr_fraction,
-            steps_per_epoch=epoch_steps,
-        )
+        schedule = Schedule.of(config, epoch_steps)
         together(world, lambda: prepare_run_folder(folder, config) if world.is_main else None)
 
         # strategy
@@ -144,7 +138,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
             print(f"not compiled, as torch.compile does not work here: {why_not}", file=sys.stderr)
         settings = step_settings(config, plan, compiled=compiled)
         strategy = build_strategy(name, ds_values, world, task.build, task.groups, settings)
-        average = MovingAverage(strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
+        average = MovingAverage(strategy.shards) if config.ema.decay > 0 else None
         checkpointer = Checkpointer(
             folder,
             keep=config.checkpoint.keep,

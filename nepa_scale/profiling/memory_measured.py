@@ -125,7 +125,7 @@ def build_setup(setup: Setup, world: World) -> Strategy:
         shard.tensors["master"].normal_(std=0.02)
     strategy.refresh()
     if setup.ema:
-        MovingAverage(strategy.shards, 0.999)  # the shards hold it
+        MovingAverage(strategy.shards)  # the shards hold it
     return strategy
 
 

@@ -105,7 +105,7 @@ class StepRunner:
         self.strategy: Strategy = build_strategy(name, values, world, self.task.build, self.task.groups, settings)
         self.task.initialize(self.strategy.shards)
         self.strategy.refresh()
-        self.average = MovingAverage(self.strategy.shards, config.ema.decay) if config.ema.decay > 0 else None
+        self.average = MovingAverage(self.strategy.shards) if config.ema.decay > 0 else None
         self.teacher = make_teacher(config, self.strategy, self.average)
         self.stream = self._open_stream()
         noise = self.noise(self.plan.micro_batch_size, self.task.architecture.image_size, world.device)
@@ -146,7 +146,7 @@ class StepRunner:
             mark("backward")
         norm = self.strategy.step(1e-6)
         if self.average is not None:
-            self.average.update(~norm.isfinite())
+            self.average.update(~norm.isfinite(), self.config.ema.decay)
         mark("optimizer")
         del outputs
 

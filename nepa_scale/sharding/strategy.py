@@ -26,6 +26,7 @@ class ParameterGroup:
     lr_scale: factor on the run's learning rate
     warmup_scale: factor on the run's warmup
     label: what people know the group by
+    weight_decay_end: what the weight decay becomes over the run; None: it stays
     """
 
     names: tuple[str, ...]
@@ -33,6 +34,7 @@ class ParameterGroup:
     lr_scale: float = 1.0
     warmup_scale: float = 1.0
     label: str = ""
+    weight_decay_end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,15 @@ class Strategy(Protocol):
         """One micro-batch, the `micro_step`-th of its step: the module's outputs, detached; gradients accumulate."""
         ...
 
-    def step(self, lr: float | Sequence[float], refuse: Refusal = not_finite) -> Tensor:
+    def step(
+        self, lr: float | Sequence[float], refuse: Refusal = not_finite, weight_decay: Sequence[float] | None = None
+    ) -> Tensor:
         """Clips, updates and clears the gradients. Returns the global gradient norm before clipping, a scalar that may
         still be on the device; where `refuse` says so of it no rank has updated anything.
 
         lr: the learning rate of all parameters, or one for each of `groups`
         refuse: is called once, with the norm; a norm that is not finite must be refused
+        weight_decay: of each of `groups` from now on; None: as it is
         """
         ...
 
@@ -143,7 +148,11 @@ def create_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -
         }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float | Sequence[float]) -> None:
-    """The step's learning rate: of all groups, or one for each."""
+def set_hyperparameters(
+    optimizer: torch.optim.Optimizer, lr: float | Sequence[float], weight_decay: Sequence[float] | None
+) -> None:
+    """The step's learning rate, of all groups or one for each, and weight decay, one for each (None: as it is)."""
     for group in optimizer.param_groups:
         group["lr"] = lr[group["number"]] if isinstance(lr, Sequence) else lr
+        if weight_decay is not None:
+            group["weight_decay"] = weight_decay[group["number"]]

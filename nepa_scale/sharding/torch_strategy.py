@@ -31,7 +31,7 @@ from nepa_scale.sharding.strategy import (
     make_adamw,
     not_finite,
     optimizer_groups,
-    set_learning_rate,
+    set_hyperparameters,
     units_of,
 )
 from nepa_scale.sharding.world import World
@@ -114,7 +114,9 @@ class TorchStrategy:
         return {name: tensor.detach() for name, tensor in outputs.items()}
 
     @torch.no_grad()
-    def step(self, lr: float | Sequence[float], refuse: Refusal = not_finite) -> Tensor:
+    def step(
+        self, lr: float | Sequence[float], refuse: Refusal = not_finite, weight_decay: Sequence[float] | None = None
+    ) -> Tensor:
         gradients = [_local(_gradient(parameter)) for parameter in self._parameters]
         norm = self._global_norm(gradients)
         if self.settings.clip > 0:
@@ -123,7 +125,7 @@ class TorchStrategy:
             torch._foreach_mul_(gradients, factor)
         for local, gradient in zip(self._locals, gradients, strict=True):
             local.grad = gradient
-        set_learning_rate(self.optimizer, lr)
+        set_hyperparameters(self.optimizer, lr, weight_decay)
         # the fused kernels leave weights, moments and count alone where this flag is set: no wait for the device
         self.optimizer.found_inf = refuse(norm).float()  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -30,7 +30,7 @@ from nepa_scale.sharding.strategy import (
     make_adamw,
     not_finite,
     optimizer_groups,
-    set_learning_rate,
+    set_hyperparameters,
     units_of,
 )
 from nepa_scale.sharding.world import World
@@ -150,8 +150,10 @@ class ZeroStrategy:
             self.engine.step()  # counts the micro-step; the last one is `step`
         return {name: tensor.detach() for name, tensor in outputs.items()}
 
-    def step(self, lr: float | Sequence[float], refuse: Refusal = not_finite) -> Tensor:
-        set_learning_rate(self._adamw, lr)
+    def step(
+        self, lr: float | Sequence[float], refuse: Refusal = not_finite, weight_decay: Sequence[float] | None = None
+    ) -> Tensor:
+        set_hyperparameters(self._adamw, lr, weight_decay)
         self._refuse, self._refused = refuse, None
         self.engine.step()
         norm = self._norm()

@@ -14,8 +14,7 @@ from nepa_scale.sharding import Shard, Strategy
 class MovingAverage:
     """Averages each rank's own fp32 masters, next to them and under the name "ema" in their `Shard`s."""
 
-    def __init__(self, shards: list[Shard], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, shards: list[Shard]) -> None:
         for shard in shards:
             shard.tensors["ema"] = shard.tensors["master"].clone()
         held = [shard for shard in shards if shard.stop > shard.start]
@@ -28,12 +27,12 @@ class MovingAverage:
         torch._foreach_copy_(self._averages, self._masters)
 
     @torch.no_grad()
-    def update(self, refused: Tensor) -> None:
+    def update(self, refused: Tensor, decay: float) -> None:
         """ema <- decay * ema + (1 - decay) * weights; nothing where the step's update was refused.
 
         refused: bool [], on the device: to leave out an update needs no wait for it
         """
-        weight = torch.where(refused, 0.0, 1.0 - self.decay)
+        weight = torch.where(refused, 0.0, 1.0 - decay)
         for average, master in zip(self._averages, self._masters, strict=True):
             average.lerp_(master, weight.to(average.device))
 

@@ -1,7 +1,8 @@
 """Fine-tuning to classes as the loop sees it: a classifier around a pretrained backbone, and its learning rates.
 
-The recipe is that of the released scripts: rates that fall from the last block to the first, a warmup that is longer
-the earlier the block, a fixed rate for what follows the blocks, and patch weights that stay as they were.
+The recipe is that of the released scripts: rates that fall from the last block to the first and on to the embedding, a
+warmup that is longer the earlier the block, a fixed rate for the last norm and the classifier, which starts as zeros,
+and patch weights that stay as they were.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from nepa_scale.data.mixing import Mixing
 from nepa_scale.models import CausalViT, resolve_architecture
 from nepa_scale.objectives import Classifier, draw_rope_scale
 from nepa_scale.sharding import ParameterGroup, Shard
-from nepa_scale.training.optimization import decays, peak_learning_rate
+from nepa_scale.training.optimization import decays
 from nepa_scale.training.pretrained import initialize_shards, load_backbone
+from nepa_scale.training.schedule import peak_learning_rate
 
+_CLASSIFIER = "head."
 _PATCHES = ("backbone.embedding.weight", "backbone.embedding.bias")
 
 
@@ -30,7 +33,8 @@ class Finetuning:
     classes: C, as the training shards state
     micro_batch_size: of each rank
     Raises:
-        ConfigError: the shards have no labels, or the micro-batch is odd where images are to be mixed.
+        ConfigError: the shards have no labels, the learning rate is 0, or the micro-batch is odd where images are to be
+            mixed.
     """
 
     quality = "top1"
@@ -39,6 +43,10 @@ class Finetuning:
         if classes is None:
             raise ConfigError(f"task=finetune needs labels, and the shards of data.train={config.data.train} have none")
         self.config, self.classes = config, classes
+        if peak_learning_rate(config) == 0:
+            raise ConfigError(
+                "the peak learning rate is 0: to train a classifier on features as they are, use tools/evaluate.py"
+            )
         self.architecture = resolve_architecture(config.model)
         self.mixing = Mixing(config.augment, classes, micro_batch_size)
         with torch.device("meta"):
@@ -58,17 +66,23 @@ class Finetuning:
         )
 
     def initialize(self, shards: list[Shard]) -> None:
-        """Writes the masters: the pretrained backbone, where one is given, and initial values. Collective."""
+        """Writes the masters: the pretrained backbone, where one is given, initial values, a classifier of zeros.
+        Collective."""
         initialize_shards(shards, self.architecture, self.config.train.seed)
+        for shard in shards:
+            if shard.name.startswith(_CLASSIFIER):
+                shard.tensors["master"].zero_()
         finetune = self.config.finetune
         if finetune.weights is not None:
             load_backbone(finetune.weights, shards, self.config.model, average=finetune.average)
 
     def groups(self, names: Sequence[str]) -> list[ParameterGroup]:
-        finetune, peak = self.config.finetune, peak_learning_rate(self.config)
+        finetune, optimizer, peak = self.config.finetune, self.config.optimizer, peak_learning_rate(self.config)
         factors = layer_factors(self.architecture.depth, finetune.layer_decay, finetune.layer_decay_kind)
         fixed = _PATCHES if finetune.freeze_patches else ()
-        return finetuning_groups(names, factors, finetune.head_lr / peak, self.config.optimizer.weight_decay, fixed)
+        return finetuning_groups(
+            names, factors, finetune.head_lr / peak, optimizer.weight_decay, fixed, optimizer.weight_decay_end
+        )
 
     def inputs(self, batch: Batch, step: int) -> dict[str, Any]:
         scale = draw_rope_scale(self.architecture.rope_rescale, self.config.train.seed, step)
@@ -86,14 +100,16 @@ class Finetuning:
 
 
 def layer_factors(depth: int, decay: float, kind: str) -> list[float]:
-    """The factor on the learning rate of each block, the first block first; the last one's is 1.
+    """The factor on the learning rate of the embedding and of each block, the last one's being 1: depth + 1 of them.
 
-    kind: "constant": each block's is `decay` times that of the next (the released scripts); "linear": evenly spaced
-        from `decay` to 1 (the paper)
+    kind: "constant": each block's is `decay` times that of the next, and the embedding's `decay` times that of the
+        first (the released scripts); "linear": the blocks' are evenly spaced from `decay` to 1 (the paper), and the
+        embedding's is the first block's
     """
     if kind == "constant":
-        return [decay ** (depth - 1 - layer) for layer in range(depth)]
-    return [decay + (1 - decay) * layer / max(depth - 1, 1) for layer in range(depth)]
+        return [decay ** (depth - layer) for layer in range(depth + 1)]
+    blocks = [decay + (1 - decay) * layer / max(depth - 1, 1) for layer in range(depth)]
+    return [blocks[0], *blocks]
 
 
 def finetuning_groups(
@@ -102,23 +118,31 @@ def finetuning_groups(
     head_factor: float,
     weight_decay: float,
     fixed: Sequence[str] = (),
+    weight_decay_end: float | None = None,
 ) -> list[ParameterGroup]:
-    """By name: the embedding with the first block, each block, and the head, each with and without weight decay.
+    """By name: what is frozen, the embedding, each block, the norm of what is pooled, and the head (the backbone's last
+    norm and the classifier), each with and without weight decay.
 
+    factors: of `layer_factors`
     fixed: parameters whose gradients are zeros, and which must not decay either
-    Block i warms up over (1 - its factor) of the warmup: the last one, and the head, start at their full rate.
+    weight_decay_end: see `pretraining_groups`
+    Where layers differ, each warms up over (1 - its factor) of the warmup: the last block, the norm and the head over
+    the one step that `Schedule.warmup_of` leaves them. Where all are alike (layer decay 1), all warm up over the whole.
     """
+    blocks = {f"block {layer}": factor for layer, factor in enumerate(factors[1:])}
+    rates = {"frozen": 0.0, "embedding": factors[0], **blocks, "pooled norm": 1.0, "head": head_factor}
+    alike = min(factors) == 1.0
+    members: dict[tuple[str, bool], list[str]] = {}
+    for name in names:
+        label = "frozen" if name in fixed else _label(name)
+        members.setdefault((label, decays(name) and name not in fixed), []).append(name)
     groups = []
-    labels = [*(f"block {layer}" for layer in range(len(factors))), "head"]
-    for label, factor in zip(labels, [*factors, head_factor], strict=True):
-        mine = [name for name in names if _label(name) == label]
-        warmup = 0.0 if label == "head" else 1.0 - factor
-        for decay, some in (
-            (weight_decay, tuple(name for name in mine if decays(name) and name not in fixed)),
-            (0.0, tuple(name for name in mine if not decays(name) or name in fixed)),
-        ):
-            if some:
-                groups.append(ParameterGroup(some, decay, factor, warmup, label))
+    for label, rate in rates.items():
+        warmup = 1.0 if alike else 1.0 - (rate if label in ("embedding", *blocks) else 1.0)
+        for decaying in (True, False):
+            if some := members.get((label, decaying)):
+                start, end = (weight_decay, weight_decay_end) if decaying else (0.0, None)
+                groups.append(ParameterGroup(tuple(some), start, rate, warmup, label, end))
     return groups
 
 
@@ -126,4 +150,6 @@ def _label(name: str) -> str:
     """Which of `finetuning_groups` a parameter belongs to."""
     if name.startswith("backbone.blocks."):
         return f"block {name.split('.')[2]}"
-    return "block 0" if name.startswith("backbone.embedding.") else "head"
+    if name.startswith("backbone.embedding."):
+        return "embedding"
+    return "pooled norm" if name.startswith("fc_norm.") else "head"

@@ -22,9 +22,9 @@ from nepa_scale.training.checkpoint import Checkpointer
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.garbage import collect_garbage, garbage_on_request
 from nepa_scale.training.metrics import Costs, Meter
-from nepa_scale.training.optimization import learning_rate
 from nepa_scale.training.progress import TerminalProgress, Tracker
 from nepa_scale.training.run_folder import JsonLines
+from nepa_scale.training.schedule import Schedule
 from nepa_scale.training.skips import SKIPPED_STEPS, SkipLog
 from nepa_scale.training.teacher import Teacher
 from nepa_scale.training.update_guard import UpdateGuard
@@ -46,30 +46,6 @@ class Task(Protocol):
     def inputs(self, batch: Batch, step: int) -> dict[str, Any]: ...
 
     def diagnostics(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The run's length and learning rate, in steps."""
-
-    total: int
-    warmup: int
-    peak_lr: float
-    final_lr_fraction: float
-    steps_per_epoch: int
-
-    def lr(self, step: int) -> float:
-        """The rate of update `step`, from 0."""
-        return self._rate(step, self.peak_lr, self.warmup)
-
-    def rates(self, step: int, groups: list[ParameterGroup]) -> list[float]:
-        """The rates of the groups at update `step`, from 0."""
-        return [
-            self._rate(step, self.peak_lr * group.lr_scale, round(self.warmup * group.warmup_scale)) for group in groups
-        ]
-
-    def _rate(self, step: int, peak: float, warmup: int) -> float:
-        return learning_rate(step, peak=peak, warmup=warmup, total=self.total, final_fraction=self.final_lr_fraction)
 
 
 @dataclass(frozen=True)
@@ -134,9 +110,10 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
             outputs, loss, keys, waited = _accumulate(run, batches, step, patient=step == start.step + 1)
             watchdog.at(step, "updating", patient=step == start.step + 1)
             lr = run.schedule.lr(step - 1)
-            norm = strategy.step(run.schedule.rates(step - 1, strategy.groups), run.guard)
+            rates = run.schedule.rates(step - 1, strategy.groups)
+            norm = strategy.step(rates, run.guard, run.schedule.weight_decays(step - 1, strategy.groups))
             if run.average is not None:
-                run.average.update(run.guard.refused)
+                run.average.update(run.guard.refused, run.schedule.average_decay(step - 1))
             sound = loss.isfinite() & run.probe.take()
             meter.add_step(loss, norm, refused=run.guard.refused, sound=sound, keys=keys, data_seconds=waited)
             logs.add_samples(step, keys)

@@ -41,7 +41,8 @@ class Pretraining:
 
     def groups(self, names: Sequence[str]) -> list[ParameterGroup]:
         rate_of = partial(rate_factor, architecture=self.architecture)
-        return pretraining_groups(names, self.config.optimizer.weight_decay, rate_of)
+        optimizer = self.config.optimizer
+        return pretraining_groups(names, optimizer.weight_decay, rate_of, optimizer.weight_decay_end)
 
     def inputs(self, batch: Batch, step: int) -> dict[str, Any]:
         """Keyword arguments of the module for one micro-batch of update `step`; the batch is on the device."""

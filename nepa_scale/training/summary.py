@@ -21,7 +21,7 @@ def print_plan(run: Run, start: int, samples: int) -> None:
         f"run folder: {run.folder}" + (f", resumed after step {start}" if start else ""),
         flush=True,
     )
-    if any(group.label for group in run.strategy.groups):
+    if config.task == "finetune":
         print_rates(run)
 
 
@@ -31,7 +31,7 @@ def print_rates(run: Run) -> None:
     for group in run.strategy.groups:
         print(
             f"{group.label:<12}{len(group.names):>8}{run.schedule.peak_lr * group.lr_scale:>12.3g}"
-            f"{round(run.schedule.warmup * group.warmup_scale):>8}{group.weight_decay:>8g}",
+            f"{run.schedule.warmup_of(group):>8}{group.weight_decay:>8g}",
             flush=True,
         )
 

@@ -42,6 +42,7 @@ from nepa_scale.sharding import (
 from nepa_scale.training.departure import depart
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.optimization import pretraining_groups
+from nepa_scale.training.schedule import Schedule
 from nepa_scale.training.teacher import Teacher
 
 STEPS, BATCH, CLIP = 20, 8, 0.05
@@ -61,6 +62,7 @@ ARCHITECTURE = resolve_architecture(
 SIDES = {"next_embedding": 32, "mae": 48, "jepa": 48}  # of the images; jepa finds no blocks in 4 x 4 patches
 # rates at which 20 steps are smooth: where a loss jumps about, rounding grows to any size
 LRS = {"next_embedding": 2e-3, "mae": 2e-4, "jepa": 1e-3}
+DECAY_END = {"jepa": 4.0}  # of a weight decay that grows, so much that the losses show it
 
 
 def images(step: int, side: int) -> Tensor:
@@ -85,15 +87,17 @@ def run_cell(cell: Cell, world: World) -> dict[str, list[float]]:
         values,
         world,
         lambda: build_pretext(CausalViT(architecture, dtype), ObjectiveConfig(name=objective)),
-        lambda names: pretraining_groups(names, 0.05),
+        lambda names: pretraining_groups(names, 0.05, weight_decay_end=DECAY_END.get(objective)),
         settings,
     )
     for shard in built.shards:
         whole = initial_values(shard.name, shard.shape, architecture, seed=0).flatten()
         shard.tensors["master"].copy_(whole[shard.start : shard.stop])
     built.refresh()
-    average = MovingAverage(built.shards, 0.9) if needs_teacher(ObjectiveConfig(name=objective)) else None
+    average = MovingAverage(built.shards) if needs_teacher(ObjectiveConfig(name=objective)) else None
     teacher = Teacher(built, average) if average else None
+    lr = LRS[objective]
+    schedule = Schedule(STEPS, 0, lr, 1.0, STEPS, ema_decay=0.9, ema_decay_end=1.0)
     rope_scale = torch.ones((), device=world.device)
     losses, norms = [], []
     for step in range(STEPS):
@@ -105,9 +109,10 @@ def run_cell(cell: Cell, world: World) -> dict[str, list[float]]:
             if teacher is not None:
                 inputs = teacher.teach(inputs)
             total += built.forward_backward(inputs, micro_step)["loss"] / accumulation
-        found = mean_over_ranks({"loss": total, "norm": built.step(LRS[objective])})
+        norm = built.step(lr, weight_decay=schedule.weight_decays(step, built.groups))
+        found = mean_over_ranks({"loss": total, "norm": norm})
         if average is not None:
-            average.update(torch.zeros((), dtype=torch.bool, device=world.device))
+            average.update(torch.zeros((), dtype=torch.bool, device=world.device), schedule.average_decay(step))
         losses.append(found["loss"])
         norms.append(found["norm"])
     built.close()

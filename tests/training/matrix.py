@@ -94,7 +94,7 @@ def build(layout: Layout, world: World) -> tuple[Strategy, MovingAverage]:
         lambda names: pretraining_groups(names, 0.05),
         settings,
     )
-    return strategy, MovingAverage(strategy.shards, 0.9)
+    return strategy, MovingAverage(strategy.shards)
 
 
 def images(step: int) -> Tensor:
@@ -114,7 +114,7 @@ def train(strategy: Strategy, average: MovingAverage, steps: Iterable[int]) -> l
         keys = (torch.arange(BATCH) + step * BATCH).chunk(world.size)[world.rank]
         loss = strategy.forward_backward({"images": mine, "sample_keys": keys}, 0)["loss"]
         strategy.step(LR)
-        average.update(torch.tensor(False))
+        average.update(torch.tensor(False), 0.9)
         losses.append(mean_over_ranks({"loss": loss})["loss"])
     return losses
 

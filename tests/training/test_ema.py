@@ -27,11 +27,11 @@ def shards() -> list[Shard]:
 
 def test_average_follows_its_definition() -> None:
     held = shards()
-    average = MovingAverage(held, decay=0.9)
+    average = MovingAverage(held)
     expected = held[0].tensors["master"].clone()
     for step in range(5):
         held[0].tensors["master"].add_(step)
-        average.update(torch.tensor(False))
+        average.update(torch.tensor(False), 0.9)
         expected = 0.9 * expected + 0.1 * held[0].tensors["master"]
     torch.testing.assert_close(held[0].tensors["ema"], expected)
     average.restart()
@@ -40,9 +40,9 @@ def test_average_follows_its_definition() -> None:
 
 def test_applying_swaps_and_puts_back() -> None:
     held = shards()
-    average = MovingAverage(held, decay=0.5)
+    average = MovingAverage(held)
     held[0].tensors["master"].add_(10)
-    average.update(torch.tensor(False))
+    average.update(torch.tensor(False), 0.5)
     master, ema = held[0].tensors["master"].clone(), held[0].tensors["ema"].clone()
     strategy = Recorder()
     with average.applied(strategy):  # type: ignore[arg-type]
@@ -55,8 +55,8 @@ def test_applying_swaps_and_puts_back() -> None:
 
 def test_a_refused_update_leaves_the_average_alone() -> None:
     held = shards()
-    average = MovingAverage(held, decay=0.3)
+    average = MovingAverage(held)
     held[0].tensors["master"].add_(1.7)
     before = held[0].tensors["ema"].clone()
-    average.update(torch.tensor(True))
+    average.update(torch.tensor(True), 0.3)
     assert torch.equal(held[0].tensors["ema"], before)

@@ -18,13 +18,13 @@ from nepa_scale.config import (
     TrainConfig,
 )
 from nepa_scale.interop import save_official
+from nepa_scale.interop.official import official_names
 from nepa_scale.models import build_vit
 from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.sharding import Shard
 from nepa_scale.training.finetuning import Finetuning, finetuning_groups, layer_factors
-from nepa_scale.training.loop import Schedule
-from nepa_scale.training.optimization import peak_learning_rate
 from nepa_scale.training.pretrained import load_backbone
+from nepa_scale.training.schedule import Schedule, peak_learning_rate
 from tests.launch import TINY, metrics, run_training, write_shards
 
 RECIPES = {
@@ -62,24 +62,78 @@ def test_peak_rates_are_those_of_the_released_recipe(size: str) -> None:
     undecayed = {name for group in groups if group.weight_decay == 0 for name in group.names}
     with torch.device("meta"):
         flat = {name for name, parameter in task.build().named_parameters() if parameter.ndim <= 1}
-    assert undecayed == flat | {"backbone.embedding.weight"}  # which is fixed
+    assert undecayed == flat | {"backbone.embedding.weight"}  # which is frozen
 
 
-def test_the_warmup_is_longer_the_earlier_the_block() -> None:
-    names = ["embedding.cls_token", "blocks.0.mlp.up.weight", "blocks.1.mlp.up.bias"]
-    factors = layer_factors(2, 0.5, "constant")
-    groups = finetuning_groups([*(f"backbone.{name}" for name in names), "head.bias"], factors, 0.1, 0.05)
-    assert [group.label for group in groups] == ["block 0", "block 1", "head"]
-    assert [group.warmup_scale for group in groups] == [0.5, 0.0, 0.0]
-    schedule = Schedule(total=100, warmup=20, peak_lr=2.0, final_lr_fraction=0.0, steps_per_epoch=10)
-    assert schedule.rates(0, groups) == [0.0, 2.0, 0.2]
-    assert schedule.rates(5, groups)[0] == pytest.approx(0.5)
-    assert schedule.rates(10, groups)[0] == pytest.approx(1.0)
-    assert schedule.rates(100, groups) == pytest.approx([0.0, 0.0, 0.0])
+NAMES = [
+    "backbone.embedding.cls_token", "backbone.blocks.0.mlp.up.weight", "backbone.blocks.1.mlp.up.bias",
+    "backbone.norm.weight", "fc_norm.weight", "head.bias",
+]  # fmt: skip
+LABELS = ["embedding", "block 0", "block 1", "pooled norm", "head"]
+
+
+def test_the_warmup_is_longer_the_earlier_the_block_and_never_none() -> None:
+    groups = finetuning_groups(NAMES, layer_factors(2, 0.5, "constant"), 0.1, 0.05)
+    assert [group.label for group in groups] == LABELS
+    schedule = Schedule(total=101, warmup=21, peak_lr=2.0, final_lr_fraction=0.0, steps_per_epoch=10)
+    assert [schedule.warmup_of(group) for group in groups] == [16, 10, 1, 1, 1]  # of 15.75, 10.5, 0, 0, 0
+    assert schedule.rates(0, groups) == [0.0] * 5
+    assert schedule.rates(1, groups) == [0.5 / 16, 0.1, 2.0, 2.0, 0.2]
+    assert schedule.rates(101, groups) == pytest.approx([0.0] * 5)
+
+
+def test_alike_layers_warm_up_over_the_whole_warmup() -> None:
+    groups = finetuning_groups(NAMES, layer_factors(2, 1.0, "constant"), 0.1, 0.05)
+    assert groups == finetuning_groups(NAMES, layer_factors(2, 1.0, "linear"), 0.1, 0.05)
+    for warmup in (0, 5):
+        schedule = Schedule(total=100, warmup=warmup, peak_lr=2.0, final_lr_fraction=0.0, steps_per_epoch=10)
+        assert [schedule.warmup_of(group) for group in groups] == [warmup] * 5
+    assert schedule.rates(5, groups) == [2.0, 2.0, 2.0, 2.0, 0.2]
 
 
 def test_linear_decay_is_evenly_spaced() -> None:
-    assert layer_factors(14, 0.35, "linear") == pytest.approx([0.35 + 0.05 * layer for layer in range(14)])
+    factors = layer_factors(14, 0.35, "linear")
+    assert factors == pytest.approx([0.35, *(0.35 + 0.05 * layer for layer in range(14))])
+
+
+ORACLE = Path("../shared/oracles/nepa_finetune_rates_b.json")
+
+
+@pytest.mark.skipif(not ORACLE.is_file(), reason="the oracle is not part of the repository")
+def test_every_rate_and_decay_is_that_of_the_official_code() -> None:
+    expected = json.loads(ORACLE.read_text())
+    config = recipe("vit_b")
+    assert (peak_learning_rate(config), config.finetune.head_lr) == (expected["base_lr"], expected["head_lr"])
+    task = Finetuning(config, 1000, 128)
+    with torch.device("meta"):
+        module = task.build()
+    assert isinstance(module, Classifier)
+    theirs = dict(official_names(module))
+    groups = task.groups(list(theirs))
+    schedule = Schedule(expected["total_steps"], expected["warmup_steps"], expected["base_lr"], 0.0, 100)
+    seen = set()
+    for number, group in enumerate(groups):
+        for name in (official for ours in group.names for official in theirs[ours]):
+            seen.add(name)
+            if name in expected["frozen"]:
+                assert group.label == "frozen"
+                continue
+            assert group.weight_decay == expected["parameters"][name]["weight_decay"], name
+            for step, rate in expected["parameters"][name]["lr"].items():
+                assert schedule.rates(int(step), groups)[number] == pytest.approx(rate, rel=1e-12, abs=1e-20), name
+    assert seen == {*expected["parameters"], *expected["frozen"]}
+
+
+def test_the_classifier_starts_as_zeros() -> None:
+    config = recipe("vit_b")
+    config.model = TINY_MODEL
+    task = Finetuning(config, 5, 2)
+    held = shards_of(task.build())
+    task.initialize(held)
+    weights = {shard.name: shard.tensors["master"] for shard in held}
+    assert not weights["head.weight"].any()
+    assert not weights["head.bias"].any()
+    assert weights["backbone.embedding.cls_token"].all()
 
 
 def test_data_without_labels_are_refused() -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from nepa_scale.config import ConfigError, ModelConfig, TrainConfig, load_config
 from nepa_scale.models import CausalViT, resolve_architecture
+from nepa_scale.sharding.strategy import set_hyperparameters
 from nepa_scale.training.batching import plan_batches
-from nepa_scale.training.optimization import (
+from nepa_scale.training.optimization import pretraining_groups
+from nepa_scale.training.schedule import (
+    Schedule,
+    average_decay,
     learning_rate,
     peak_learning_rate,
-    pretraining_groups,
     total_steps,
     warmup_steps,
+    weight_decay,
 )
 
 
@@ -46,6 +51,35 @@ def test_learning_rate_follows_warmup_and_cosine() -> None:
     assert rates[110] == pytest.approx(0.2)
     assert max(rates) == rates[10]
     assert learning_rate(0, peak=1.0, warmup=0, total=5, final_fraction=0.0) == 1.0
+
+
+IJEPA = Path("../shared/oracles/ijepa.pt")
+
+
+@pytest.mark.skipif(not IJEPA.is_file(), reason="the oracle is not part of the repository")
+@pytest.mark.parametrize(("kind", "total"), [("small", 35.0), ("scaled", 43.75)])
+def test_decays_follow_the_official_schedules_of_jepa(kind: str, total: float) -> None:
+    oracle = torch.load(IJEPA, weights_only=True)
+    theirs = [float(value) for value in oracle[f"schedule/{kind}/ema_.996_1"]]
+    assert [average_decay(s, start=0.996, end=1.0, total=total) for s in range(35)] == pytest.approx(theirs, abs=1e-15)
+    theirs = [float(value) for value in oracle[f"schedule/{kind}/weight_decay_.04_.4"]]
+    ours = [weight_decay(s, start=0.04, end=0.4, total=int(total)) for s in range(35)]
+    assert ours == pytest.approx(theirs, abs=1e-15)
+
+
+def test_a_run_has_the_decays_of_its_configuration() -> None:
+    words = ["train.steps=4", "optimizer.weight_decay=0.04", "ema.decay=0.996"]
+    groups = pretraining_groups(["head.weight", "norm.bias"], 0.04)
+    schedule = Schedule.of(load_config(None, words), 10)
+    assert [schedule.average_decay(step) for step in (0, 3)] == [0.996, 0.996]
+    assert [schedule.weight_decays(step, groups) for step in (0, 3)] == [[0.04, 0.0], [0.04, 0.0]]
+    schedule = Schedule.of(load_config(None, [*words, "ema.decay_end=1.0"]), 10)
+    assert [schedule.average_decay(step) for step in range(4)] == pytest.approx([0.996, 0.997, 0.998, 0.999])
+    groups = pretraining_groups(["head.weight", "norm.bias"], 0.04, lambda _: 0.5, 0.4)
+    assert schedule.weight_decays(1, groups) == pytest.approx([0.22 / 0.5, 0.0])
+    assert schedule.weight_decays(3, groups) == pytest.approx([0.4 / 0.5, 0.0])
+    with pytest.raises(ConfigError, match="needs a moving average"):
+        load_config(None, ["ema.decay=0", "ema.decay_end=1.0"])
 
 
 def test_released_recipe_in_numbers() -> None:
@@ -80,3 +114,15 @@ def test_impossible_batches_name_what_would_work() -> None:
         plan_batches(TrainConfig(global_batch_size=12), 5)
     with pytest.raises(ConfigError, match=r"that do: 1, 2, 3, 4, 6, 12"):
         plan_batches(TrainConfig(global_batch_size=12, micro_batch_size=5), 1)
+
+
+def test_an_optimizer_takes_the_decays_of_the_step() -> None:
+    first, second = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    groups = [{"params": [second], "number": 1}, {"params": [first], "number": 0}]  # as ZeRO-3 splits and reorders them
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    first.grad = second.grad = torch.zeros(1)
+    set_hyperparameters(optimizer, [0.1, 0.01], [2.0, 3.0])
+    optimizer.step()
+    assert (first.item(), second.item()) == pytest.approx((1 - 0.1 * 2.0, 1 - 0.01 * 3.0))
+    set_hyperparameters(optimizer, 0.5, None)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.5, 3.0), (0.5, 2.0)]

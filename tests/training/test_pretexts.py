@@ -101,7 +101,7 @@ def test_the_teacher_is_the_average_and_leaves_the_weights_alone() -> None:
         settings = step_settings(config, plan_batches(config.train, 1), compiled=False)
         strategy = build_strategy("single", None, world, task.build, task.groups, settings)
         task.initialize(strategy.shards)
-        average = MovingAverage(strategy.shards, config.ema.decay)
+        average = MovingAverage(strategy.shards)
         teacher = make_teacher(config, strategy, average)
         assert teacher is not None
         with torch.no_grad():
