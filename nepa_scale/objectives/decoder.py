@@ -20,18 +20,26 @@ from nepa_scale.models.layers import Block, LayerNorm, Linear
 from nepa_scale.models.rope import rope_tables
 from nepa_scale.models.selection import select_tables, with_cls
 
-HEAD = 32  # width of a head, in both papers
-
 
 def decoder_architecture(
-    encoder: Architecture, name: str, width: int | None, depth: int | None, share: float, most: tuple[int, int]
+    encoder: Architecture,
+    name: str,
+    width: int | None,
+    depth: int | None,
+    share: float,
+    most: tuple[int, int],
+    *,
+    unit: int,
+    head: int | None = None,
 ) -> Architecture:
     """The shape of a decoder beside `encoder`, for images of the same patches.
 
     name: the objective's, for errors
-    width, depth: null: `share` of the encoder's, no more than `most`; the width in whole heads
+    width, depth: null: `share` of the encoder's, no more than `most`; the width in multiples of `unit`
+    unit: what the width must be a multiple of
+    head: width of a head; None: as many heads as the encoder has
     Raises:
-        ConfigError: a width that is not one of whole heads, or a backbone on which the objective cannot work.
+        ConfigError: a width that is not a multiple of `unit`, or a backbone on which the objective cannot work.
     """
     if not encoder.rope:
         raise ConfigError(f"objective.name={name} needs model.rope=true: nothing else tells where a hidden patch is")
@@ -41,17 +49,18 @@ def decoder_architecture(
             "leave out model.base_width and model.base_depth"
         )
     if width is None:
-        width = min(most[0], -(-round(share * encoder.width) // HEAD) * HEAD)
-    if width % HEAD:
+        width = -(-min(most[0], round(share * encoder.width)) // unit) * unit
+    heads = encoder.heads if head is None else width // head
+    if width % unit:
         raise ConfigError(
-            f"objective.{name}.width={width} is not a multiple of {HEAD}, the width of a head: take "
-            f"{-(-width // HEAD) * HEAD}"
+            f"objective.{name}.width={width} is not a multiple of {unit}, as its heads need: take "
+            f"{-(-width // unit) * unit}"
         )
     return dataclasses.replace(
         encoder,
         width=width,
         depth=depth or min(most[1], max(1, round(share * encoder.depth))),
-        heads=width // HEAD,
+        heads=heads,
         mlp_width=4 * width,
         gated=False,
         qk_norm="none",

@@ -20,11 +20,14 @@ from nepa_scale.objectives.blocks import blocks_of, draw_blocks
 from nepa_scale.objectives.decoder import Decoder, decoder_architecture
 
 SHARE, MOST = 1 / 2, (384, 12)  # of the encoder's width and depth: the paper's predictors beside ViT-B, L and H
+ROTARY = 4  # what must divide the width of a head
 
 
 def jepa_predictor(encoder: Architecture, objective: ObjectiveConfig) -> Architecture:
-    """The predictor's shape. Raises ConfigError as `decoder_architecture` does."""
-    return decoder_architecture(encoder, "jepa", objective.jepa.width, objective.jepa.depth, SHARE, MOST)
+    """The predictor's shape; it has as many heads as the encoder, as in the official code. Raises ConfigError as
+    `decoder_architecture` does."""
+    unit = ROTARY * encoder.heads
+    return decoder_architecture(encoder, "jepa", objective.jepa.width, objective.jepa.depth, SHARE, MOST, unit=unit)
 
 
 class JointEmbedding(nn.Module):

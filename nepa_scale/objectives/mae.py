@@ -15,22 +15,25 @@ from nepa_scale.models.selection import select
 from nepa_scale.objectives.decoder import Decoder, decoder_architecture
 
 SHARE, MOST = 2 / 3, (512, 8)  # of the encoder's width and depth: the paper's decoder beside ViT-B and larger
+HEAD = 32  # width of a decoder's head: the official one has 16 in its width of 512
 VARIANCE_EPS = 1e-6  # the official code's
 
 
 def mae_decoder(encoder: Architecture, objective: ObjectiveConfig) -> Architecture:
     """The decoder's shape. Raises ConfigError as `decoder_architecture` does."""
-    return decoder_architecture(encoder, "mae", objective.mae.width, objective.mae.depth, SHARE, MOST)
+    return decoder_architecture(
+        encoder, "mae", objective.mae.width, objective.mae.depth, SHARE, MOST, unit=HEAD, head=HEAD
+    )
 
 
 def hidden_patches(encoder: Architecture, objective: ObjectiveConfig) -> int:
-    """M.
+    """M of the encoder's images. The official code rounds the number of those that stay visible down.
 
     Raises:
         ConfigError: it would be none or all of the patches.
     """
     patches = encoder.tokens - 1
-    hidden = round(objective.mae.hidden * patches)
+    hidden = patches - int(patches * (1 - objective.mae.hidden))
     if not 0 < hidden < patches:
         raise ConfigError(
             f"objective.mae.hidden={objective.mae.hidden} hides {hidden} of {patches} patches: some must be hidden and "
@@ -62,8 +65,7 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, backbone: CausalViT, objective: ObjectiveConfig) -> None:
         super().__init__()
         a = backbone.architecture
-        hidden_patches(a, objective)
-        self.objective = objective
+        self.hidden = hidden_patches(a, objective)
         self.backbone = backbone
         self.decoder = Decoder(a, mae_decoder(a, objective), 3 * a.patch_size**2, backbone.dtype)
 
@@ -88,8 +90,7 @@ class MaskedAutoencoder(nn.Module):
             return {"predictions": self.backbone(images, causal=False, rope_scale=rope_scale)[1]}
         p = self.backbone.architecture.patch_size
         grid = (images.shape[2] // p, images.shape[3] // p)
-        patches = grid[0] * grid[1]
-        visible, hidden = hide(sample_keys, patches, round(self.objective.mae.hidden * patches))
+        visible, hidden = hide(sample_keys, grid[0] * grid[1], self.hidden)
         _, seen = self.backbone(images, causal=False, rope_scale=rope_scale, visible=visible, sample_keys=sample_keys)
         pixels = self.decoder(seen, visible, hidden.unsqueeze(1), grid, rope_scale).squeeze(1)
         targets = select(normalized_pixels(images, p), hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nepa_scale.config import ConfigError, JepaConfig, ModelConfig, ObjectiveConfig
 from nepa_scale.models import CausalViT, initialize_module, resolve_architecture
-from nepa_scale.objectives import pretext_diagnostics
+from nepa_scale.objectives import jepa, pretext_diagnostics
 from nepa_scale.objectives.blocks import draw_blocks
 from nepa_scale.objectives.jepa import JointEmbedding, jepa_predictor
 from tests.models.reference import randomize
@@ -95,7 +96,7 @@ def test_without_keys_it_is_the_backbone() -> None:
 
 
 def test_it_learns_and_its_targets_stay_apart() -> None:
-    module, teacher = task(), task()
+    module, teacher = task(width=48), task(width=48)
     initialize_module(module, module.backbone.architecture, seed=0)
     teacher.load_state_dict(module.state_dict())
     optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
@@ -120,22 +121,45 @@ def test_it_learns_and_its_targets_stay_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "width", "depth"),
-    [("vit_ti", 96, 6), ("vit_s", 192, 6), ("vit_b", 384, 6), ("vit_l", 384, 12), ("vit_h", 384, 12)],
-)
-def test_the_predictor_is_the_published_one_from_vit_b_on(size: str, width: int, depth: int) -> None:
+    ("size", "width", "depth", "heads"),
+    [("vit_ti", 96, 6, 3), ("vit_s", 192, 6, 6), ("vit_b", 384, 6, 12), ("vit_l", 384, 12, 16), ("vit_h", 384, 12, 16),
+     ("vit_3b", 384, 12, 24)],
+)  # fmt: skip
+def test_the_predictor_is_the_published_one_from_vit_b_on(size: str, width: int, depth: int, heads: int) -> None:
+    """With the encoder's number of heads, as in the official code."""
     own = jepa_predictor(resolve_architecture(ModelConfig(size=size)), ObjectiveConfig(name="jepa"))
-    assert (own.width, own.depth, own.head_dim) == (width, depth, 32)
+    assert (own.width, own.depth, own.heads, own.head_dim) == (width, depth, heads, width // heads)
 
 
 @pytest.mark.parametrize(
     ("model", "jepa", "message"),
     [
         ({"image_size": 32}, {}, "no target blocks in a grid of 4 x 4"),
-        ({}, {"width": 33}, "objective.jepa.width=33 is not a multiple of 32.*64"),
+        ({}, {"width": 33}, "objective.jepa.width=33 is not a multiple of 12.*36"),
         ({"rope": False}, {}, "needs model.rope=true"),
     ],
 )
 def test_what_cannot_be_is_said(model: dict[str, object], jepa: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         task(model=dataclasses.replace(SMALL, **model), **jepa)  # type: ignore[arg-type]
+
+
+ORACLE = Path("../shared/oracles/ijepa.pt")
+
+
+@pytest.mark.skipif(not ORACLE.is_file(), reason="the oracle is not part of the repository")
+def test_targets_loss_and_gradient_are_the_official_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = torch.load(ORACLE, weights_only=True)
+    module = task(model=ModelConfig(width=32, depth=1, heads=2, patch_size=4, image_size=32))
+    blocks = torch.stack([oracle[f"target_indices/{block}"] for block in range(4)], dim=1)
+    monkeypatch.setattr(jepa, "draw_blocks", lambda *_: (oracle["context_indices"], blocks))
+    told = oracle["predictions"].float().requires_grad_()
+    # theirs are block by block, all images of each
+    monkeypatch.setattr(module.predictor, "forward", lambda *_: told.unflatten(0, (4, 3)).transpose(0, 1))
+    taught = F.pad(oracle["teacher_outputs"].float(), (0, 0, 1, 0))  # CLS, which theirs has not
+    out = module(torch.rand(3, 3, 32, 32), sample_keys=torch.arange(3), taught=taught)
+    targets = oracle["targets"].float().unflatten(0, (4, 3)).transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(out["targets"], targets, rtol=1e-4, atol=1e-5)
+    assert out["loss"].item() == pytest.approx(oracle["loss"].item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(out["loss"], told)
+    torch.testing.assert_close(gradient, oracle["grad_predictions"].float(), rtol=1e-4, atol=1e-8)

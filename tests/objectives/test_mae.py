@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from nepa_scale.config import ConfigError, MaeConfig, ModelConfig, ObjectiveConfig
 from nepa_scale.models import CausalViT, initialize_module, resolve_architecture
-from nepa_scale.objectives.mae import MaskedAutoencoder, hide, mae_decoder, normalized_pixels, pixels_of_patches
+from nepa_scale.objectives import mae
+from nepa_scale.objectives.mae import (
+    MaskedAutoencoder,
+    hidden_patches,
+    hide,
+    mae_decoder,
+    normalized_pixels,
+    pixels_of_patches,
+)
 from tests.models.reference import randomize
 
 SMALL = ModelConfig(width=48, depth=2, heads=3, patch_size=8, image_size=32, layer_scale=0.1)  # 16 patches
@@ -31,7 +40,7 @@ def photographs(count: int, seed: int = 0) -> Tensor:
 
 
 def chosen(module: MaskedAutoencoder, keys: Tensor) -> tuple[Tensor, Tensor]:
-    return hide(keys, 16, round(module.objective.mae.hidden * 16))
+    return hide(keys, 16, module.hidden)
 
 
 def pixel_mask(patches: Tensor) -> Tensor:
@@ -172,9 +181,63 @@ def test_units_are_the_embedding_and_all_blocks() -> None:
         ({"rope": False}, {}, "needs model.rope=true"),
         ({"base_width": 32}, {}, "leave out model.base_width"),
         ({"image_size": 8}, {}, "hides 1 of 1 patches"),
-        ({}, {"hidden": 0.02}, "hides 0 of 16 patches"),
+        ({}, {"hidden": 0.99}, "hides 16 of 16 patches"),
     ],
 )
 def test_what_cannot_be_is_said(model: dict[str, object], mae: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         task(model=dataclasses.replace(SMALL, **model), **mae)  # type: ignore[arg-type]
+
+
+# the official code's values
+
+
+def ours(values: Tensor) -> Tensor:
+    """[B, N, 48], each patch by row, column and channel -> by channel, row and column."""
+    return values.unflatten(2, (16, 3)).transpose(2, 3).flatten(2)
+
+
+ORACLE = Path("../shared/oracles/mae.pt")
+needs_oracle = pytest.mark.skipif(not ORACLE.is_file(), reason="the oracle is not part of the repository")
+
+
+@needs_oracle
+def test_the_numbers_of_hidden_patches_are_the_official_ones() -> None:
+    oracle = torch.load(ORACLE, weights_only=True)
+    encoder = resolve_architecture(SMALL)
+    for patches, share, kept in [
+        *((oracle["const/patches"], ratio, oracle[f"ratio_{ratio}/kept"]) for ratio in (0.75, 0.6)),
+        *((patches, 0.75, oracle[f"kept_of_{patches}_at_.75"]) for patches in (64, 196, 256)),
+        (64, 0.8, int(64 * (1 - 0.8))),  # 12.8: rounded down
+    ]:
+        side = 8 * int(patches**0.5)
+        encoder = dataclasses.replace(encoder, image_size=(side, side))
+        assert patches - hidden_patches(encoder, ObjectiveConfig(name="mae", mae=MaeConfig(share))) == kept
+
+
+@needs_oracle
+@pytest.mark.parametrize("ratio", [0.75, 0.6])
+def test_targets_loss_and_gradient_are_the_official_ones(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = torch.load(ORACLE, weights_only=True)
+    images, mask = oracle["images"].float(), oracle[f"ratio_{ratio}/mask"].bool()
+    assert torch.equal(pixels_of_patches(oracle["patchify/index_image"], 4), ours(oracle["patchify/index_patches"]))
+    torch.testing.assert_close(
+        normalized_pixels(images, 4), ours(oracle["target_normalised"]).float(), rtol=2e-3, atol=5e-5
+    )
+
+    model = ModelConfig(width=48, depth=1, heads=3, patch_size=4, image_size=24)
+    module = task(model=model, hidden=ratio)
+    hidden = torch.stack([row.nonzero()[:, 0] for row in mask])
+    visible = torch.stack([(~row).nonzero()[:, 0] for row in mask])
+    assert hidden.shape[1] == module.hidden
+    monkeypatch.setattr(mae, "hide", lambda *_: (visible, hidden))
+    pred = ours(oracle["pred"]).float().requires_grad_()
+    monkeypatch.setattr(
+        module.decoder, "forward", lambda *_: pred.gather(1, hidden[..., None].expand(-1, -1, 48)).unsqueeze(1)
+    )
+    loss = module(images, sample_keys=torch.arange(3))["loss"]
+    assert loss.item() == pytest.approx(oracle[f"ratio_{ratio}/normalised/loss"].item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, pred)
+    torch.testing.assert_close(
+        gradient, ours(oracle[f"ratio_{ratio}/normalised/grad_pred"]).float(), rtol=1e-4, atol=1e-7
+    )
