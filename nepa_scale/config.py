@@ -188,8 +188,8 @@ class EvaluateConfig:
     bank: int = 50_000  # training samples, evenly spread, among which neighbours are sought
     probe: bool = False  # pretraining: also a linear probe of the last block, and how well predictions tell pixels
     batch_size: int = 64  # per rank
-    crop_share: float = 0.875  # of the resized image's shorter side that the centre crop takes
-    squash: bool = False  # resize without keeping the aspect: the whole image is then the middle
+    crop_share: float = 0.875  # timm's crop_pct: the image is resized to int(size / crop_share) and cropped to size
+    squash: bool = False  # resize without keeping the aspect (timm's crop_mode squash)
 
 
 @dataclass

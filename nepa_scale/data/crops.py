@@ -70,14 +70,22 @@ class Centre(NamedTuple):
     left: int
 
 
-def centre(width: int, height: int, size: tuple[int, int], crop_share: float = CROP_SHARE) -> Centre:
-    """torchvision's Resize(size / crop_share) and CenterCrop(size).
+def centre(
+    width: int, height: int, size: tuple[int, int], crop_share: float = CROP_SHARE, *, squash: bool = False
+) -> Centre:
+    """The evaluation crop of torchvision and timm: Resize(int(size / crop_share)), then CenterCrop(size).
 
-    size: height and width of the crop. Where it is not square, the image is resized so that both sides suffice
+    size: height and width of the crop. Where it is not square, the image is resized, as timm does, to the smallest size
+        that suffices on both sides
+    squash: resize to that size without keeping the aspect (timm's crop_mode "squash")
     """
-    least = round(size[0] / crop_share), round(size[1] / crop_share)
-    if least[0] / height >= least[1] / width:
-        resized = least[0], max(least[1], int(least[0] * width / height))
+    least = int(size[0] / crop_share), int(size[1] / crop_share)
+    if squash:
+        resized = least
+    elif least[0] == least[1]:
+        shorter = min(width, height)
+        resized = int(least[0] * height / shorter), int(least[0] * width / shorter)
     else:
-        resized = max(least[0], int(least[1] * height / width)), least[1]
+        ratio = min(height / least[0], width / least[1])
+        resized = round(height / ratio), round(width / ratio)
     return Centre(*resized, round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2))

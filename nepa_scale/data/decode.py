@@ -67,10 +67,10 @@ class EncodedImage:
         self.resized_crop(Box(0, 0, self.width, self.height), out)
         return out
 
-    def resized_centre(self, out: Tensor, crop_share: float = CROP_SHARE) -> None:
+    def resized_centre(self, out: Tensor, crop_share: float = CROP_SHARE, *, squash: bool = False) -> None:
         """Fills `out`, uint8 [H, W, 3], with the middle of the resized image in RGB, as `crops.centre` describes it."""
-        box = middle(self.width, self.height)
-        place = centre(box.width, box.height, (out.shape[0], out.shape[1]), crop_share)
+        box = Box(0, 0, self.width, self.height) if squash else middle(self.width, self.height)
+        place = centre(box.width, box.height, (out.shape[0], out.shape[1]), crop_share, squash=squash)
         whole = torch.empty((place.height, place.width, 3), dtype=torch.uint8)
         resize(self.cut(box, (place.height, place.width)), whole, self._interpolation)
         out.copy_(whole[place.top : place.top + out.shape[0], place.left : place.left + out.shape[1]])

@@ -45,17 +45,9 @@ def random_crop(
         augment(out, key)
 
 
-def centre_crop(image: EncodedImage, key: int, out: Tensor, *, share: float) -> None:  # noqa: ARG001
+def centre_crop(image: EncodedImage, key: int, out: Tensor, *, share: float, squash: bool) -> None:  # noqa: ARG001
     """The middle of the resized image: evaluation's `Crop`."""
-    image.resized_centre(out, share)
-
-
-def squashed_centre_crop(image: EncodedImage, key: int, out: Tensor, *, share: float) -> None:  # noqa: ARG001
-    """The middle of the image resized to the crop's own aspect: evaluation's `Crop` in some recipes."""
-    height, width = out.shape[:2]
-    whole = image.resized((int(height / share), int(width / share)))
-    top, left = round((whole.shape[0] - height) / 2), round((whole.shape[1] - width) / 2)
-    out.copy_(whole[top : top + height, left : left + width])
+    image.resized_centre(out, share, squash=squash)
 
 
 class Order(Protocol):

@@ -15,7 +15,7 @@ from nepa_scale.data.batch import Batch
 from nepa_scale.data.crops import CROP_SHARE
 from nepa_scale.data.order import EvaluationOrder, TrainOrder
 from nepa_scale.data.rand_augment import RandAugment
-from nepa_scale.data.sample_reader import Failure, Rest, SampleReader, centre_crop, random_crop, squashed_centre_crop
+from nepa_scale.data.sample_reader import Failure, Rest, SampleReader, centre_crop, random_crop
 from nepa_scale.data.shard_fetcher import ShardFetcher
 from nepa_scale.data.shard_set import ShardSet
 from nepa_scale.data.shared_slots import Pixels
@@ -145,7 +145,7 @@ class EvaluationStream:
             shards,
             order,
             size=image_size,
-            crop=partial(squashed_centre_crop if squash else centre_crop, share=crop_share),
+            crop=partial(centre_crop, share=crop_share, squash=squash),
             interpolation=data.interpolation,
             flip=False,
             seed=0,

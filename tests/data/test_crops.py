@@ -57,11 +57,14 @@ def test_every_other_sample_is_mirrored() -> None:
     assert abs(flipped(np.array(KEYS)).mean() - 0.5) < 0.03
 
 
+SHARES = st.sampled_from([224 / 256, 0.875, 0.9, 0.95, 0.96, 1.0]) | st.floats(0.5, 1.0)
+
+
 @settings(deadline=None)
-@given(width=st.integers(20, 300), height=st.integers(20, 300), side=st.integers(1, 120))
-def test_the_centre_is_that_of_torchvision(width: int, height: int, side: int) -> None:
-    place = centre(width, height, (side, side))
-    resized = T.functional.resize(torch.empty(1, height, width), [round(side * 256 / 224)], antialias=True)
+@given(width=st.integers(20, 300), height=st.integers(20, 300), side=st.integers(1, 120), share=SHARES)
+def test_the_centre_is_that_of_torchvision(width: int, height: int, side: int, share: float) -> None:
+    place = centre(width, height, (side, side), share)
+    resized = T.functional.resize(torch.empty(1, height, width), [int(side / share)], antialias=True)
     assert resized.shape[1:] == (place.height, place.width)
     rows = torch.arange(place.height)[:, None].expand(place.height, place.width)
     columns = torch.arange(place.width)[None].expand(place.height, place.width)
@@ -78,3 +81,12 @@ def test_of_a_strip_only_the_middle_is_resized() -> None:
 def test_the_centre_of_a_target_that_is_not_square() -> None:
     assert centre(1000, 500, (128, 224)) == Centre(146, 292, 9, 34)
     assert centre(300, 900, (128, 224)) == Centre(768, 256, 320, 16)
+
+
+@pytest.mark.parametrize(
+    ("side", "share", "resized"),
+    [(224, 0.875, 256), (224, 0.95, 235), (48, 0.875, 54), (96, 0.96, 100), (384, 1.0, 384), (56, 0.9, 62)],
+)
+def test_sizes_are_rounded_down(side: int, share: float, resized: int) -> None:
+    assert centre(1000, 700, (side, side), share)[:2] == (resized, int(resized * 1000 / 700))
+    assert centre(1000, 700, (side, side), share, squash=True)[:2] == (resized, resized)

@@ -15,6 +15,7 @@ import torchvision.transforms.v2.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 
 from nepa_scale.data import jpeg
@@ -152,6 +153,22 @@ def test_the_evaluation_crop_equals_torchvisions(size: tuple[int, int]) -> None:
     EncodedImage(data).resized_centre(out)
     expected = T.Compose([T.Resize(256, antialias=True), T.CenterCrop(224)])(in_full(data))
     assert torch.equal(out.permute(2, 0, 1), expected)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("target", [(224, 224), (48, 48), (128, 224)])
+def test_the_evaluation_crop_equals_timms(target: tuple[int, int], mode: str) -> None:
+    for size, share, interpolation in [((500, 375), 0.875, "bicubic"), ((375, 500), 0.95, "bilinear"),
+                                       ((257, 256), 0.9, "bicubic"), ((300, 301), 1.0, "bicubic")]:  # fmt: skip
+        data = encode(picture(*size, 3), "PNG")
+        out = torch.zeros((*target, 3), dtype=torch.uint8)
+        EncodedImage(data, interpolation).resized_centre(out, share, squash=mode == "squash")
+        theirs = create_transform(
+            (3, *target), is_training=False, crop_pct=share, crop_mode=mode, interpolation=interpolation
+        )
+        expected = T.Compose(theirs.transforms[:2])(in_full(data))  # the rest is of tensors and normalisation
+        # theirs resizes in floating point and rounds last; a crop one pixel away differs by far more
+        assert (out.permute(2, 0, 1).int() - expected.int()).abs().max() <= 1, (size, share)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (3, 2)])
