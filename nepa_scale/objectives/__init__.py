@@ -5,7 +5,14 @@ from nepa_scale.objectives.diagnostics import collapse_diagnostics, effective_ra
 from nepa_scale.objectives.jepa import JointEmbedding
 from nepa_scale.objectives.mae import MaskedAutoencoder
 from nepa_scale.objectives.next_embedding import NextEmbedding, draw_rope_scale, next_embedding_loss, random_mask
-from nepa_scale.objectives.pretext import Pretext, build_pretext, is_causal, needs_teacher, pretext_diagnostics
+from nepa_scale.objectives.pretext import (
+    Pretext,
+    build_pretext,
+    is_causal,
+    needs_teacher,
+    pretext_diagnostics,
+    spectrum_targets,
+)
 
 __all__ = [
     "Classifier",
@@ -22,4 +29,5 @@ __all__ = [
     "next_embedding_loss",
     "pretext_diagnostics",
     "random_mask",
+    "spectrum_targets",
 ]

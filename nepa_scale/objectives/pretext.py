@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nepa_scale.config import ObjectiveConfig
 from nepa_scale.models import CausalViT
-from nepa_scale.objectives.diagnostics import collapse_diagnostics, target_diagnostics
+from nepa_scale.objectives.diagnostics import collapse_diagnostics, spectrum_sample, target_diagnostics
 from nepa_scale.objectives.jepa import JointEmbedding
 from nepa_scale.objectives.mae import MaskedAutoencoder
 from nepa_scale.objectives.next_embedding import NextEmbedding
@@ -35,11 +35,22 @@ def needs_teacher(objective: ObjectiveConfig) -> bool:
     return objective.name == "jepa"
 
 
-def pretext_diagnostics(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What to log beside the loss, from a module's outputs: float32 scalars on the device."""
+def pretext_diagnostics(outputs: dict[str, Tensor], *, spectrum: bool = True) -> dict[str, Tensor]:
+    """What to log beside the loss, from a module's outputs for a micro-batch: scalars on the device.
+
+    spectrum: with the targets' effective rank, which otherwise can be had of their `spectrum_targets`
+    """
     if "embeddings" in outputs:
-        return collapse_diagnostics(outputs["embeddings"], outputs["predictions"])
-    return target_diagnostics(outputs["targets"]) if "targets" in outputs else {}
+        found = collapse_diagnostics(outputs["embeddings"], outputs["predictions"], spectrum=spectrum)
+        # of the loss itself, also where the objective does not shift
+        return found | {"one_plus_loss": 1.0 + outputs["loss"].double(), "centred_loss": 1.0 - found["centred_cosine"]}
+    return target_diagnostics(outputs["targets"], spectrum=spectrum) if "targets" in outputs else {}
+
+
+def spectrum_targets(outputs: dict[str, Tensor]) -> Tensor | None:
+    """Some of the targets of a micro-batch, float32 [rows, D], for `effective_rank`; None where there are none."""
+    targets = outputs["embeddings"][:, 1:] if "embeddings" in outputs else outputs.get("targets")
+    return None if targets is None else spectrum_sample(targets)
 
 
 _MODULES: dict[str, type[Pretext]] = {"next_embedding": NextEmbedding, "mae": MaskedAutoencoder, "jepa": JointEmbedding}

@@ -98,6 +98,9 @@ class Finetuning:
         """How sure the classifier is: the mean of its largest probabilities."""
         return {"confidence": outputs["logits"].softmax(-1).amax(-1).mean()}
 
+    def targets(self, outputs: dict[str, Tensor]) -> None:
+        """Classes have no spectrum."""
+
 
 def layer_factors(depth: int, decay: float, kind: str) -> list[float]:
     """The factor on the learning rate of the embedding and of each block, the last one's being 1: depth + 1 of them.

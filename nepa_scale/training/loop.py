@@ -6,10 +6,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from nepa_scale.config import Config, to_dict
@@ -46,6 +46,8 @@ class Task(Protocol):
     def inputs(self, batch: Batch, step: int) -> dict[str, Any]: ...
 
     def diagnostics(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def targets(self, outputs: dict[str, Tensor]) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -103,24 +105,30 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
             if stop is None and start.step > 0:
                 save(run, replace(start, evaluate=False))
         # here, so that the first window's rate is of training alone
-        meter = Meter(run.world, run.costs, run.plan.global_batch_size, run.schedule.steps_per_epoch)
+        meter = Meter(
+            run.world,
+            run.costs,
+            run.plan.global_batch_size,
+            run.schedule.steps_per_epoch,
+            micro_batches=config.train.log_every * run.plan.accumulation,
+        )
         step = start.step
         for step in range(start.step + 1, total + 1) if stop is None else ():
             run.agreement.begin()
-            outputs, loss, keys, waited = _accumulate(run, batches, step, patient=step == start.step + 1)
+            keys, waited = _accumulate(run, meter, batches, step, patient=step == start.step + 1)
             watchdog.at(step, "updating", patient=step == start.step + 1)
             lr = run.schedule.lr(step - 1)
             rates = run.schedule.rates(step - 1, strategy.groups)
             norm = strategy.step(rates, run.guard, run.schedule.weight_decays(step - 1, strategy.groups))
             if run.average is not None:
                 run.average.update(run.guard.refused, run.schedule.average_decay(step - 1))
-            sound = loss.isfinite() & run.probe.take()
-            meter.add_step(loss, norm, refused=run.guard.refused, sound=sound, keys=keys, data_seconds=waited)
+            sound = run.probe.take()
+            meter.add_step(norm, refused=run.guard.refused, sound=sound, keys=keys, data_seconds=waited)
             logs.add_samples(step, keys)
             watchdog.at(step, "after the update")
             stop = run.agreement.finish()
             if step % config.train.log_every == 0 or step == total or stop is not None:
-                row, bad = meter.row(step, lr, run.task.diagnostics(outputs))
+                row, bad = meter.row(step, lr)
                 logs.add_row(row)
                 logs.skips.check(bad, step, run.checkpointer, logs.progress)
                 collect_garbage()
@@ -141,14 +149,13 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
 
 
 def _accumulate(
-    run: Run, batches: Iterator[Batch], step: int, *, patient: bool
-) -> tuple[dict[str, Tensor], Tensor, list[str], float]:
-    """Forward and backward over a step's micro-batches: last outputs, mean loss [], sample keys, seconds waited.
+    run: Run, meter: Meter, batches: Iterator[Batch], step: int, *, patient: bool
+) -> tuple[list[str], float]:
+    """Forward and backward over a step's micro-batches, which the meter is told: sample keys, seconds waited for data.
 
     patient: the step may compile, and is given more time
     """
-    losses, keys, waited = [], [], 0.0
-    outputs: dict[str, Tensor] = {}
+    keys, waited = [], 0.0
     for micro_step in range(run.plan.accumulation):
         run.watchdog.at(step, "waiting for data", patient=patient)
         began = time.perf_counter()
@@ -159,9 +166,9 @@ def _accumulate(
         if run.teacher is not None:
             inputs = run.teacher.teach(inputs)
         outputs = run.strategy.forward_backward(inputs, micro_step)
-        losses.append(outputs["loss"])
+        meter.add_micro_batch(outputs["loss"], run.task.diagnostics(outputs), partial(run.task.targets, outputs))
         keys += batch.keys
-    return outputs, torch.stack(losses).mean(), keys, waited
+    return keys, waited
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -13,7 +13,7 @@ from nepa_scale.config import Config
 from nepa_scale.data.batch import Batch, normalize
 from nepa_scale.models import CausalViT, resolve_architecture
 from nepa_scale.models.transfer import rate_factor
-from nepa_scale.objectives import build_pretext, draw_rope_scale, pretext_diagnostics
+from nepa_scale.objectives import build_pretext, draw_rope_scale, pretext_diagnostics, spectrum_targets
 from nepa_scale.sharding import ParameterGroup, Shard
 from nepa_scale.training.optimization import pretraining_groups
 from nepa_scale.training.pretrained import initialize_shards
@@ -54,5 +54,9 @@ class Pretraining:
         }
 
     def diagnostics(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What to log beside the loss, from the last micro-batch's outputs."""
-        return pretext_diagnostics(outputs)
+        """What to log beside the loss, from a micro-batch's outputs: scalars, of which the loop takes means."""
+        return pretext_diagnostics(outputs, spectrum=False)
+
+    def targets(self, outputs: dict[str, Tensor]) -> Tensor | None:
+        """Some of a micro-batch's targets, [rows, D], of which the effective rank is taken; None: there are none."""
+        return spectrum_targets(outputs)
