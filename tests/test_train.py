@@ -27,7 +27,7 @@ def reference(shards: Path, val: Path, tmp_path_factory: pytest.TempPathFactory)
     run = tmp_path_factory.mktemp("reference") / "run"
     arguments = [
         f"data.train={shards}", f"data.val={val}", f"output={run}", "train.log_samples=true", "tracker=wandb",
-        "evaluate.probe=true",
+        "evaluate.probe=true", "train.micro_batch_size=4",
     ]  # fmt: skip
     done = run_training([*TINY, *arguments], WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
@@ -76,6 +76,13 @@ def test_every_launcher_prints_the_same_losses(
     for mine, expected in zip(metrics(run), metrics(reference), strict=True):
         assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        # also of the rows' other numbers; some are of a whole micro-batch, which is 4 images unless an argument says so
+        of_batches = () if "train.micro_batch_size=2" in arguments else OF_MICRO_BATCHES
+        for name in ("one_plus_loss", "copy_cosine", *of_batches):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+OF_MICRO_BATCHES = ("centred_loss", "embedding_std", "effective_rank", "target_cosine")
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ class StepRunner:
             if self.teacher is not None:
                 inputs = self.teacher.teach(inputs)
             outputs = self.strategy.forward_backward(inputs, micro_step)
+            self.task.diagnostics(outputs)
             mark("backward")
         norm = self.strategy.step(1e-6)
         if self.average is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from nepa_scale.config import ConfigError, nearest
 from nepa_scale.scaling.recorded_runs import RecordedRun, is_number
 
-_END = 0.1  # of a run, over which what a few images said of a step is averaged
+_END = 0.1  # of a run, over which what a few steps' images said is averaged
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Metric:
     definition: on the axis, after the title
     complement: 1 - value is shown: of an accuracy the error rate
     law: whether scaling laws are sought in it
-    noisy: a row tells of one micro-batch or a few steps, not of the validation set
+    noisy: a row tells of the images of a few steps, not of the validation set
     """
 
     name: str
