@@ -43,7 +43,6 @@ from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.finetuning import Finetuning
 from nepa_scale.training.loop import Position, Run, train
 from nepa_scale.training.pretraining import Pretraining
-from nepa_scale.training.progress import Tracker, WandbTracker
 from nepa_scale.training.resumption import restore, rewind
 from nepa_scale.training.run_folder import prepare_run_folder
 from nepa_scale.training.run_lock import RunLock
@@ -52,6 +51,7 @@ from nepa_scale.training.signals import EXIT_STOPPED, describe, stop_signals
 from nepa_scale.training.skips import TooManySkipped, TrainingFailure
 from nepa_scale.training.summary import print_plan, print_summary
 from nepa_scale.training.teacher import make_teacher
+from nepa_scale.training.tracking import Tracker, WandbTracker
 from nepa_scale.training.update_guard import UpdateGuard
 from nepa_scale.training.watchdog import Watchdog
 
@@ -289,7 +289,7 @@ def make_costs(config: Config, task: Pretraining | Finetuning, world: World) -> 
 
 
 def make_trackers(config: Config, world: World) -> list[Tracker]:
-    return [WandbTracker(config.output, to_dict(config))] if config.tracker == "wandb" and world.is_main else []
+    return [WandbTracker(Path(config.output), to_dict(config))] if config.tracker == "wandb" and world.is_main else []
 
 
 if __name__ == "__main__":

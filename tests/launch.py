@@ -61,15 +61,20 @@ def launcher(kind: str, ranks: int) -> list[str]:
 
 
 def run_training(
-    arguments: list[str], kind: str = "python", ranks: int = 1, timeout: float = 240, **environment: str
+    arguments: list[str],
+    kind: str = "python",
+    ranks: int = 1,
+    timeout: float = 240,
+    checkout: Path = REPOSITORY,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs train.py to its end and returns what it printed."""
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | environment
+    """Runs the train.py of a checkout to its end and returns what it printed."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)} | environment
     if not torch.cuda.is_available():
         variables["DS_ACCELERATOR"] = "cpu"
     return subprocess.run(
-        [*launcher(kind, ranks), str(TRAIN), *arguments],
-        env=variables, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY,
+        [*launcher(kind, ranks), str(checkout / TRAIN.relative_to(REPOSITORY)), *arguments],
+        env=variables, capture_output=True, text=True, timeout=timeout, cwd=checkout,
     )  # fmt: skip
 
 

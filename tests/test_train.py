@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.launch import TINY, metrics, run_training, write_shards
+from tests.launch import REPOSITORY, TINY, metrics, run_training, write_shards
+from tests.training.wandb_files import offline_runs
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def reference(shards: Path, val: Path, tmp_path_factory: pytest.TempPathFactory)
         f"data.train={shards}", f"data.val={val}", f"output={run}", "train.log_samples=true", "tracker=wandb",
         "evaluate.probe=true", "train.micro_batch_size=4",
     ]  # fmt: skip
-    done = run_training([*TINY, *arguments], WANDB_API_KEY="")
+    done = run_training([*TINY, *arguments], WANDB_API_KEY="", NETRC=os.devnull)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -111,6 +114,42 @@ def test_resuming_continues_bit_for_bit(
     assert "resumed after step 3" in done.stdout
     assert [row["loss"] for row in metrics(halves)] == [row["loss"] for row in metrics(whole)]
     assert [row["grad_norm"] for row in metrics(halves)] == [row["grad_norm"] for row in metrics(whole)]
+
+
+# found by every Python that starts with the checkout on its path
+NOT_INSTALLED = """
+import importlib.metadata as metadata
+
+found = metadata.Distribution.from_name
+
+def from_name(name):
+    if name.replace("-", "_") == "nepa_scale":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+
+metadata.Distribution.from_name = from_name
+"""
+
+
+def test_a_checkout_that_was_not_installed_saves_and_resumes_as_one_run(shards: Path, tmp_path: Path) -> None:
+    checkout, run = tmp_path / "checkout", tmp_path / "run"
+    for name in ("nepa_scale", "configs"):
+        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", checkout)
+    (checkout / "sitecustomize.py").write_text(NOT_INSTALLED)
+    command = [*TINY, f"data.train={shards}", f"output={run}", "tracker=wandb", "schedule.warmup_steps=2"]
+    for steps in (3, 6):
+        done = run_training([*command, f"train.steps={steps}"], checkout=checkout, WANDB_MODE="offline")
+        assert done.returncode == 0, done.stderr
+    assert "resumed after step 3" in done.stdout
+    meta = json.loads((run / "checkpoints" / "step_00000006" / "meta.json").read_text())
+    versions = meta.get("values", meta)["versions"]
+    assert versions["nepa_scale"] in (REPOSITORY / "pyproject.toml").read_text()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ((_, mirrored),) = offline_runs(run).items()
+    losses = [(row["step"], row["loss"]) for row in mirrored if "loss" in row]
+    assert losses == [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert [step for step, _ in losses] == list(range(1, 7))
 
 
 def knn(run: Path) -> list[dict[str, float]]:

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from nepa_scale.training.checkpoint_format import (
 )
 from nepa_scale.training.fault_injection import fault_point
 from nepa_scale.training.part_files import PartImage
+from nepa_scale.training.versions import package_version
 
 __all__ = [
     "CheckpointFailure",
@@ -154,7 +154,7 @@ class Checkpointer:
         shapes = {shard.name: tuple(shard.shape) for shard in shards}
         meta = meta | {
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in ("nepa_scale", "torch")},
+            "versions": {name: package_version(name) for name in ("nepa_scale", "torch")},
         }
         self._pending.append(self._thread.submit(self._save, step, self._image, shapes, meta, problem))
 

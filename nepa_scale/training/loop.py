@@ -22,11 +22,12 @@ from nepa_scale.training.checkpoint import Checkpointer
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.garbage import collect_garbage, garbage_on_request
 from nepa_scale.training.metrics import Costs, Meter
-from nepa_scale.training.progress import TerminalProgress, Tracker
+from nepa_scale.training.progress import TerminalProgress
 from nepa_scale.training.run_folder import JsonLines
 from nepa_scale.training.schedule import Schedule
 from nepa_scale.training.skips import SKIPPED_STEPS, SkipLog
 from nepa_scale.training.teacher import Teacher
+from nepa_scale.training.tracking import Tracker
 from nepa_scale.training.update_guard import UpdateGuard
 from nepa_scale.training.watchdog import Watchdog
 

@@ -1,64 +1,18 @@
-"""What a person sees while a run trains, and the mirrors of its metrics."""
+"""What a person sees while a run trains."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 30.0  # of a log file
 T = TypeVar("T")
-
-
-class Tracker(Protocol):
-    """Receives a copy of each row of metrics.jsonl."""
-
-    def log(self, row: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class WandbTracker:
-    """Weights & Biases; offline where there is no key. A failure there is reported once and never stops the run."""
-
-    def __init__(self, run_folder: str, config: dict[str, Any]) -> None:
-        self._run: Any = None
-        try:
-            import wandb
-
-            if not os.environ.get("WANDB_API_KEY"):
-                os.environ.setdefault("WANDB_MODE", "offline")
-            self._run = wandb.init(
-                project="nepa_scale",
-                dir=run_folder,
-                config=config,
-                name=os.path.basename(run_folder),
-                resume="allow",
-                settings=wandb.Settings(init_timeout=30),
-            )
-        except Exception as error:  # whatever a tracker does, training goes on
-            self._give_up(error)
-
-    def log(self, row: dict[str, Any]) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(row, step=row["step"])
-            except Exception as error:
-                self._give_up(error)
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        print(f"wandb is not available and this run goes on without it: {error}", file=sys.stderr)
 
 
 class TerminalProgress:

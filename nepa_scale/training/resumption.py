@@ -48,12 +48,14 @@ def load(job: Run, path: Path) -> Position:
 
 
 def forget(job: Run, step: int) -> None:
-    """Removes from the run's logs what comes after `step`: it is about to be written anew. Collective."""
+    """Removes from the run's logs and their mirrors what comes after `step`: it is written anew. Collective."""
     if job.world.is_main:
         for path in (job.folder / "metrics.jsonl", job.folder / SKIPPED_STEPS):
             forget_after(path, step)
         for samples in (job.folder / "samples").glob("rank_*.jsonl"):
             forget_after(samples, step)
+        for tracker in job.trackers:
+            tracker.go_on_from(step)
     dist.barrier()  # before any rank appends to them
 
 

@@ -9,14 +9,15 @@ import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nepa_scale.config import Config, ConfigError, config_from_dict, flatten, to_dict
+from nepa_scale.training.versions import package_version
 
+PACKAGES = ("nepa_scale", "torch", "deepspeed", "webdataset", "timm")  # whose versions a run records
 # what makes two runs the same run; anything else may change on resuming
 IDENTITY = (
     "task",
@@ -81,16 +82,11 @@ def provenance() -> dict[str, Any]:
         "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("nepa_scale", "torch", "deepspeed", "webdataset", "timm")},
+        "versions": {
+            name: package_version(name) for name in ("nepa_scale", "torch", "deepspeed", "webdataset", "timm")
+        },
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
