@@ -62,7 +62,7 @@ class WandbTracker:
 
         self._finish()
         run_id = _run_id(self._folder)
-        common = {
+        common: dict[str, Any] = {
             "project": "nepa_scale",
             "dir": str(self._folder),
             "config": self._config,
@@ -70,7 +70,7 @@ class WandbTracker:
             "settings": wandb.Settings(init_timeout=30),
         }
         settings = wandb.setup().settings
-        mode = settings.mode
+        mode: Any = settings.mode
         if not os.environ.get("WANDB_MODE") and mode == "online" and not _logged_in(settings.base_url):
             mode = "offline"
         if mode != "online":
