@@ -26,19 +26,31 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import yaml
 
+from nepa_scale.command_line import deliver
 from nepa_scale.config import EXIT_USAGE, Config, ConfigError, load_config, to_dict
 from nepa_scale.data import DataError, ShardSet, TrainStream
 from nepa_scale.data.order import steps_per_epoch
 from nepa_scale.data.remote import RemoteError
 from nepa_scale.evaluation.while_training import Passes, make_evaluation
 from nepa_scale.profiling import Costs, peak_flops, training_costs
-from nepa_scale.sharding import World, build_strategy, choose_compilation, choose_strategy, join_world, leave_world
+from nepa_scale.sharding import (
+    World,
+    build_strategy,
+    choose_compilation,
+    choose_strategy,
+    complete_ds_config,
+    join_world,
+    leave_world,
+)
 from nepa_scale.training.agreement import Agreement, StopRequest
 from nepa_scale.training.backward_probe import BackwardProbe
-from nepa_scale.training.batching import plan_batches, step_settings
+from nepa_scale.training.batching import BatchPlan, plan_batches, step_settings
 from nepa_scale.training.checkpoint import Checkpointer, CheckpointFailure
 from nepa_scale.training.departure import EXIT_FAILURE, depart, on_departure
+from nepa_scale.training.dry_run import describe as describe_plan
+from nepa_scale.training.dry_run import facts_of
 from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.finetuning import Finetuning
 from nepa_scale.training.loop import Position, Run, train
@@ -80,6 +92,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="DeepSpeed JSON; selects its ZeRO stage. Batch sizes, precision and clipping come from the run's YAML",
     )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, and end")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check configuration, data and batches, print the plan, and end: nothing is trained or written",
+    )
+    parser.add_argument("--json", metavar="FILE", help="with --dry-run: write the plan as JSON; - for stdout")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the YAML")
     return parser.parse_intermixed_args(argv)
@@ -93,8 +112,17 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
         config = load_config(arguments.config or DEFAULT_CONFIG, arguments.overrides)
+        if arguments.json and not arguments.dry_run:
+            raise ConfigError("--json is for the plan of --dry-run: a run writes its metrics to its folder")
+        if arguments.print_config:
+            if rank == 0:
+                print(yaml.safe_dump(to_dict(config), sort_keys=False), end="", flush=True)
+            return 0
         world = join_world(config.train.timeout)
         try:
+            if arguments.dry_run:
+                dry_run(config, arguments.ds_config, world, arguments.json)
+                return 0
             stop = run(config, arguments.ds_config, world)
         finally:
             leave_world()
@@ -125,11 +153,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
     watchdog = Watchdog(folder, world, config.train.timeout, agreed=agreed, brief=(DataError, RemoteError))
     with lock, watchdog:
         # task and data
-        shards = together(world, lambda: open_shards(config.data.train, "data.train", config))
-        val = together(world, lambda: open_shards(config.data.val, "data.val", config)) if config.data.val else None
-        task = together(world, lambda: make_task(config, shards, plan.micro_batch_size))
-        epoch_steps = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
-        schedule = Schedule.of(config, epoch_steps)
+        shards, val, task, schedule = prepare(config, plan, world)
         together(world, lambda: prepare_run_folder(folder, config) if world.is_main else None)
 
         # strategy
@@ -207,6 +231,47 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
         print(f"rank {world.rank} stops: {describe(stop.number)}; the same command goes on from here", flush=True)
     strategy.close()
     return stop
+
+
+def prepare(
+    config: Config, plan: BatchPlan, world: World
+) -> tuple[ShardSet, ShardSet | None, Pretraining | Finetuning, Schedule]:
+    """The shards of data.train and data.val, what is trained, and for how long. Collective."""
+    shards = together(world, lambda: open_shards(config.data.train, "data.train", config))
+    val = together(world, lambda: open_shards(config.data.val, "data.val", config)) if config.data.val else None
+    task = together(world, lambda: make_task(config, shards, plan.micro_batch_size))
+    epoch_steps = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
+    return shards, val, task, Schedule.of(config, epoch_steps)
+
+
+def dry_run(config: Config, ds_config: Path | None, world: World, where: str | None) -> None:
+    """Checks what a run would check before it trains, and prints its plan; `where`: the JSON's file. Collective."""
+    name, ds_values = together(world, lambda: choose_strategy(config.strategy, ds_config, world.size))
+    plan = plan_batches(config.train, world.size)
+    shards, _, task, schedule = prepare(config, plan, world)
+    complete_ds_config(name, ds_values, step_settings(config, plan), world.size)
+    with torch.device("meta"):
+        groups = task.groups([parameter for parameter, _ in task.build().named_parameters()])
+    if not world.is_main:
+        return
+    facts = facts_of(
+        config,
+        strategy=name,
+        world_size=world.size,
+        plan=plan,
+        schedule=schedule,
+        groups=groups,
+        costs=make_costs(config, task, world),
+        parameters=task.parameters,
+        samples=len(shards),
+    )
+    weights = config.finetune.weights if config.task == "finetune" else None
+    if weights is not None and not Path(weights).exists():
+        print(f"finetune.weights={weights} is not there yet", file=sys.stderr)
+    try:
+        deliver(facts, describe_plan(facts, schedule, groups), where)
+    except OSError as error:
+        raise ConfigError(f"cannot write {where}: {error.strerror}") from error
 
 
 def train_on(job: Run, open_stream: Callable[[Position], TrainStream], position: Position) -> StopRequest | None:

@@ -1,6 +1,6 @@
 """One module and its optimiser, spread over many processes: single, DDP, FSDP2 and DeepSpeed ZeRO behind `Strategy`."""
 
-from nepa_scale.sharding.build import build_strategy, choose_strategy
+from nepa_scale.sharding.build import build_strategy, choose_strategy, complete_ds_config
 from nepa_scale.sharding.compilation import choose_compilation
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.sharding.strategy import ParameterGroup, StepSettings, Strategy
@@ -15,6 +15,7 @@ __all__ = [
     "build_strategy",
     "choose_compilation",
     "choose_strategy",
+    "complete_ds_config",
     "join_world",
     "leave_world",
     "max_over_ranks",

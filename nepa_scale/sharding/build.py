@@ -34,6 +34,15 @@ def choose_strategy(requested: str, ds_config: Path | None, world_size: int) -> 
     return name, None
 
 
+def complete_ds_config(
+    name: str, ds_values: dict[str, Any] | None, settings: StepSettings, world_size: int
+) -> dict[str, Any] | None:
+    """The strategy's whole DeepSpeed configuration, where it has one. Raises ConfigError as `resolve_ds_config`."""
+    if ds_values is None:
+        return None
+    return resolve_ds_config(ds_values, f"the DeepSpeed configuration of {name}", settings, world_size)
+
+
 def build_strategy(
     name: str,
     ds_values: dict[str, Any] | None,
@@ -43,7 +52,7 @@ def build_strategy(
     settings: StepSettings,
 ) -> Strategy:
     """The strategy, with parameters that are not yet meaningful: write them through `shards`, then `refresh`."""
-    if ds_values is None:
+    config = complete_ds_config(name, ds_values, settings, world.size)
+    if config is None:
         return TorchStrategy(name, world, build, grouping, settings)
-    config = resolve_ds_config(ds_values, f"the DeepSpeed configuration of {name}", settings, world.size)
     return ZeroStrategy(name, world, build, grouping, settings, config)

@@ -118,7 +118,6 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
             run.agreement.begin()
             keys, waited = _accumulate(run, meter, batches, step, patient=step == start.step + 1)
             watchdog.at(step, "updating", patient=step == start.step + 1)
-            lr = run.schedule.lr(step - 1)
             rates = run.schedule.rates(step - 1, strategy.groups)
             norm = strategy.step(rates, run.guard, run.schedule.weight_decays(step - 1, strategy.groups))
             if run.average is not None:
@@ -129,7 +128,7 @@ def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | 
             watchdog.at(step, "after the update")
             stop = run.agreement.finish()
             if step % config.train.log_every == 0 or step == total or stop is not None:
-                row, bad = meter.row(step, lr)
+                row, bad = meter.row(step, max(rates))
                 logs.add_row(row)
                 logs.skips.check(bad, step, run.checkpointer, logs.progress)
                 collect_garbage()

@@ -39,10 +39,6 @@ class Schedule:
             ema_decay_end=config.ema.decay_end,
         )
 
-    def lr(self, step: int) -> float:
-        """The run's rate: that of parameters whose group has no factor of its own."""
-        return self._rate(step, self.peak_lr, self.warmup)
-
     def warmup_of(self, group: ParameterGroup) -> int:
         """Steps of the group's warmup. A share of the run's is rounded, but never to a start at the full rate."""
         if group.warmup_scale == 1.0:

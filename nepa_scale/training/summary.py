@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from nepa_scale.sharding import ParameterGroup
 from nepa_scale.training.loop import Run
 from nepa_scale.training.run_folder import read_json_lines
+from nepa_scale.training.schedule import Schedule
 
 
 def print_plan(run: Run, start: int, samples: int) -> None:
@@ -22,18 +25,20 @@ def print_plan(run: Run, start: int, samples: int) -> None:
         flush=True,
     )
     if config.task == "finetune":
-        print_rates(run)
+        print(rates_table(run.schedule, run.strategy.groups), flush=True)
 
 
-def print_rates(run: Run) -> None:
-    """A table of what each group of parameters learns with."""
-    print(f"{'parameters':<12}{'tensors':>8}{'peak lr':>12}{'warmup':>8}{'decay':>8}")
-    for group in run.strategy.groups:
-        print(
-            f"{group.label:<12}{len(group.names):>8}{run.schedule.peak_lr * group.lr_scale:>12.3g}"
-            f"{run.schedule.warmup_of(group):>8}{group.weight_decay:>8g}",
-            flush=True,
+def rates_table(schedule: Schedule, groups: Sequence[ParameterGroup]) -> str:
+    """What each group of parameters learns with; a rate of 0: it is frozen."""
+    width = max(12, *(len(group.label) + 2 for group in groups))
+    lines = [f"{'parameters':<{width}}{'tensors':>8}{'peak lr':>12}{'warmup':>8}{'decay':>8}"]
+    for group in groups:
+        end = "" if group.weight_decay_end is None else f" -> {group.weight_decay_end:g}"
+        lines.append(
+            f"{group.label:<{width}}{len(group.names):>8}{schedule.peak_lr * group.lr_scale:>12.3g}"
+            f"{schedule.warmup_of(group):>8}{group.weight_decay:>8g}{end}"
         )
+    return "\n".join(lines)
 
 
 def print_summary(folder: Path) -> None:

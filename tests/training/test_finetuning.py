@@ -22,9 +22,10 @@ from nepa_scale.interop.official import official_names
 from nepa_scale.models import build_vit
 from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.sharding import Shard
+from nepa_scale.train import main
 from nepa_scale.training.finetuning import Finetuning, finetuning_groups, layer_factors
 from nepa_scale.training.pretrained import load_backbone
-from nepa_scale.training.schedule import Schedule, peak_learning_rate
+from nepa_scale.training.schedule import Schedule, learning_rate, peak_learning_rate
 from tests.launch import TINY, metrics, run_training, write_shards
 
 RECIPES = {
@@ -228,6 +229,20 @@ def test_accuracy_is_of_the_averaged_weights_and_of_those_as_trained(alone: Path
     assert first["top1"] == first["top1_raw"]
     assert first["top5"] == 1.0  # of four classes
     assert {"top1", "top5", "top1_raw", "top5_raw"} <= last.keys()
+
+
+def test_the_logged_rate_is_the_largest_of_the_plan(shards: Path, alone: Path, tmp_path: Path) -> None:
+    words = [*FINETUNE, f"data.train={shards}", "finetune.weights=null", "--dry-run", "--json", f"{tmp_path}/plan.json"]
+    assert main(words) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    rates = [
+        max(learning_rate(step, peak=group["peak_lr"], warmup=group["warmup_steps"], total=6, final_fraction=0.0)
+            for group in plan["groups"])
+        for step in range(6)
+    ]  # fmt: skip
+    assert [row["lr"] for row in metrics(alone)] == rates
+    assert rates[0] == 0.0
+    assert max(rates) == rates[1] == 1e-3
 
 
 def test_patches_stay_as_they_were_and_the_rest_is_trained(alone: Path, pretrained: Path) -> None:
