@@ -123,6 +123,7 @@ class AugmentConfig:
     mixup: float = 0.0  # alpha of the Beta distribution of the shares; 0: off
     cutmix: float = 0.0  # likewise
     switch: float = 0.5  # probability of cutmix where both are on
+    mix_mode: str = "batch"  # how often a share is drawn: batch (once a step) | pair (for each two images)
 
 
 @dataclass
@@ -223,6 +224,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.qk_norm": ("none", "plain", "affine"),
     "finetune.pooling": ("mean", "last"),
     "finetune.layer_decay_kind": ("constant", "linear"),
+    "augment.mix_mode": ("batch", "pair"),
     "data.interpolation": ("bilinear", "bicubic"),
     "data.ragged": ("drop", "pad"),
     "train.precision": ("fp32", "bf16"),

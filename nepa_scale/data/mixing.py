@@ -1,8 +1,10 @@
 """Random erasing, mixup and cutmix of a batch on its device, as timm has them.
 
-What is drawn is a pure function of the samples' keys. Neighbours in a micro-batch are mixed with each other, with a
-share of their own (timm's mode "pair", whose partners are the first and the last, and so on): a sample's partner is
-then the same for any number of ranks and any even micro-batch.
+Neighbours in a micro-batch are mixed with each other (timm: the first with the last, and so on), so that a sample's
+partner is the same for any number of ranks and any even micro-batch. Mixup or cutmix, its share and its box are drawn
+once a step for the whole global batch (mode "batch"; timm's, in which each process draws for its own batch), a pure
+function of the seed and the step; or for each pair (mode "pair"), of the samples' keys. What is erased is a pure
+function of the sample's key.
 
 Sources: random erasing, Zhong et al., arXiv 1708.04896; mixup, Zhang et al., arXiv 1710.09412; cutmix, Yun et al.,
 arXiv 1905.04899. The order of the draws and the constants are those of timm's RandomErasing and Mixup.
@@ -32,12 +34,13 @@ class Mixing:
     """Erases, then mixes. Draws on the host and works on the device, without waiting for it.
 
     classes: C
+    seed: of the run; what is drawn for a batch depends on it
     Raises:
         ConfigError: images are to be mixed in micro-batches of an odd number.
     """
 
-    def __init__(self, config: AugmentConfig, classes: int, micro_batch_size: int) -> None:
-        self.config, self.classes = config, classes
+    def __init__(self, config: AugmentConfig, classes: int, micro_batch_size: int, seed: int) -> None:
+        self.config, self.classes, self.seed = config, classes, seed
         self.mixes = config.mixup > 0 or config.cutmix > 0
         if self.mixes and micro_batch_size % 2:
             raise ConfigError(
@@ -46,10 +49,11 @@ class Mixing:
             )
         self._noise: Tensor | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, keys: Keys, step: int) -> tuple[Tensor, Tensor]:
         """Normalised images [B, 3, H, W] and labels int64 [B] -> images and targets, float32 [B, C].
 
         keys: int64 [B], the samples' keys, on the host
+        step: the update to which the micro-batch belongs
         """
         height, width = images.shape[-2:]
         if self.config.erase > 0:
@@ -58,7 +62,7 @@ class Mixing:
         targets = F.one_hot(labels, self.classes).float()
         if not self.mixes:
             return images, targets
-        boxes, shares = draw_mixes(keys, height, width, self.config)
+        boxes, shares = draw_mixes(self._mixed_alike(keys, step), height, width, self.config)
         own = torch.from_numpy(shares).to(images.device, torch.float32)
         partners, share = _partners(images), own[:, None, None, None]
         blended = images * share + partners * (1 - share)
@@ -67,6 +71,12 @@ class Mixing:
         # a cutmix whose box is empty has the share 1, and so blends to the image itself
         images = torch.where(cut[:, None, None, None], pasted, blended)
         return images, targets * own[:, None] + _partners(targets) * (1 - own[:, None])
+
+    def _mixed_alike(self, keys: Keys, step: int) -> Keys:
+        """[B], equal for images that are mixed in the same way: the pairs, or all."""
+        if self.config.mix_mode == "batch":
+            return np.broadcast_to(hash_array(np.array([step]), "mixed batch", self.seed), keys.shape)
+        return np.repeat(hash_array(keys[0::2] ^ keys[1::2], "pair"), 2)
 
     def _noise_for(self, images: Tensor, keys: Keys) -> Tensor:
         """Normal noise, [B, 3, H, W]: windows of one field, each at its sample's place."""
@@ -98,20 +108,20 @@ def draw_erased(keys: Keys, height: int, width: int, probability: float) -> Boxe
     return boxes
 
 
-def draw_mixes(keys: Keys, height: int, width: int, config: AugmentConfig) -> tuple[Boxes, Numbers]:
+def draw_mixes(alike: Keys, height: int, width: int, config: AugmentConfig) -> tuple[Boxes, Numbers]:
     """What each image takes from its neighbour: the box that is pasted [B, 4], empty for mixup, and its own share [B].
 
-    Both images of a pair take the same box of each other, and keep the same share.
+    alike: int64 [B]; images for which it is equal take the same box and keep the same share
     """
-    pairs = hash_array(keys[0::2] ^ keys[1::2], "pair")
-    draws = _uniforms(pairs, 3, "mix")
+    distinct, places = np.unique(alike, return_inverse=True)
+    draws = _uniforms(distinct, 3, "mix")
     cuts = (
         (draws[:, 0] < config.switch)
         if config.mixup > 0 and config.cutmix > 0
-        else np.full(len(pairs), config.cutmix > 0)
+        else np.full(len(distinct), config.cutmix > 0)
     )
     shares = np.array(
-        [_beta(config.cutmix if cut else config.mixup, int(key)) for cut, key in zip(cuts, pairs, strict=True)]
+        [_beta(config.cutmix if cut else config.mixup, int(key)) for cut, key in zip(cuts, distinct, strict=True)]
     )
     side = np.sqrt(1 - shares)
     tall, wide = (height * side).astype(np.int64), (width * side).astype(np.int64)
@@ -121,7 +131,7 @@ def draw_mixes(keys: Keys, height: int, width: int, config: AugmentConfig) -> tu
     boxes = np.where(cuts[:, None], np.stack([top, bottom, left, right], axis=1), 0)
     # what the image's edge cuts off the box is not the neighbour's
     shares = np.where(cuts, 1 - (bottom - top) * (right - left) / (height * width), shares)
-    return np.repeat(boxes, 2, axis=0), np.repeat(shares, 2)
+    return boxes[places], shares[places]
 
 
 def _beta(alpha: float, key: int) -> float:

@@ -48,7 +48,7 @@ class Finetuning:
                 "the peak learning rate is 0: to train a classifier on features as they are, use tools/evaluate.py"
             )
         self.architecture = resolve_architecture(config.model)
-        self.mixing = Mixing(config.augment, classes, micro_batch_size)
+        self.mixing = Mixing(config.augment, classes, micro_batch_size, config.train.seed)
         with torch.device("meta"):
             self.parameters = sum(parameter.numel() for parameter in self.build().parameters())
 
@@ -86,7 +86,7 @@ class Finetuning:
 
     def inputs(self, batch: Batch, step: int) -> dict[str, Any]:
         scale = draw_rope_scale(self.architecture.rope_rescale, self.config.train.seed, step)
-        images, targets = self.mixing(normalize(batch.images, batch.flip), batch.labels, batch.host_keys)
+        images, targets = self.mixing(normalize(batch.images, batch.flip), batch.labels, batch.host_keys, step)
         return {
             "images": images,
             "labels": targets,
