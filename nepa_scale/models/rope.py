@@ -34,7 +34,9 @@ def rope_tables(
     grid: patches per column and per row
     scale: float32 [], factor on all coordinates (NEPA's augmentation in training); None: 1
     """
-    angles = _patch_angles(grid, head_dim, theta, device)
+    # under torch.export the table is a stand-in without values, which must not be kept
+    angles_of = _patch_angles.__wrapped__ if torch.compiler.is_exporting() else _patch_angles
+    angles = angles_of(grid, head_dim, theta, device)
     if scale is not None:
         angles = angles * scale
     angles = torch.cat([angles.new_zeros(1, angles.shape[1]), angles]).repeat(1, 2)

@@ -83,7 +83,7 @@ class CausalViT(nn.Module):
         inputs = embeddings
         if mask is not None and self.mask_token is not None:
             inputs = self.mask_token(embeddings, mask)
-        rope = self._rope(images, rope_scale)
+        rope = self.rotary(images, rope_scale)
         if visible is not None:
             tokens = with_cls(visible)
             inputs, rope = select(inputs, tokens), rope and select_tables(rope, tokens)
@@ -101,7 +101,7 @@ class CausalViT(nn.Module):
         That of the last block is taken after the final norm; the others are normalised without weights, so that depths
         can be compared.
         """
-        rope = self._rope(images, None)
+        rope = self.rotary(images)
         x = self.embedding(images, self.dtype).float()
         found = {}
         for number, block in enumerate(self.blocks):
@@ -117,7 +117,8 @@ class CausalViT(nn.Module):
         states = self.hidden_states(images, blocks, causal=causal)
         return [state[:, 1:].transpose(1, 2).unflatten(2, grid) for state in states]
 
-    def _rope(self, images: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, images: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """The tables of rotary position for images of this size (see `rope_tables`); None where the model has none."""
         a = self.architecture
         if not a.rope:
             return None

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_layer_decay
 
-from nepa_scale.config import ConfigError, ObjectiveConfig
+from nepa_scale.config import ObjectiveConfig
 from nepa_scale.interop.timm import save_timm
 from nepa_scale.models import build_vit
 from nepa_scale.models.initialization import initial_values
@@ -56,19 +55,6 @@ def test_a_pretrained_backbone_gives_its_features_in_timm(tmp_path: Path, images
     assert torch.equal(model(images), predictions[:, 1:].mean(1))
 
 
-def test_maps_at_several_depths(images: torch.Tensor) -> None:
-    model = timm.create_model(NAME, features_only=True, out_indices=(0, 2), img_size=32, patch_size=8, **TINY).eval()
-    maps = model(images)
-    assert [tuple(one.shape) for one in maps] == [(2, 48, 4, 4)] * 2
-    assert model.feature_info.channels() == [48, 48]
-    assert model.feature_info.reduction() == [8, 8]
-    backbone = model.model.backbone
-    expected = backbone.dense_features(images, [0, 2], causal=False)
-    assert all(torch.equal(one, other) for one, other in zip(maps, expected, strict=True))
-    last = backbone(images, causal=False)[1]
-    assert torch.allclose(maps[1], last[:, 1:].transpose(1, 2).unflatten(2, (4, 4)), atol=1e-6)
-
-
 def test_timms_names_and_preprocessing() -> None:
     assert len(timm.list_models("nepa_vit_*")) == 18
     model = timm.create_model(NAME, num_classes=10, depth=1)
@@ -76,19 +62,3 @@ def test_timms_names_and_preprocessing() -> None:
     assert (data["mean"], data["std"], data["input_size"]) == ((0.5,) * 3, (0.5,) * 3, (3, 224, 224))
     assert data["interpolation"] == "bicubic"
     assert model.get_classifier() is model.head
-    with pytest.raises(ConfigError, match="3 channels, not 1"):
-        timm.create_model(NAME, in_chans=1)
-
-
-def test_timms_layer_decay_sees_the_blocks() -> None:
-    model = timm.create_model(NAME, img_size=32, patch_size=8, num_classes=4, **TINY)
-    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
-    scales = {group["lr_scale"] for group in groups}
-    assert scales == {0.5**4, 0.5**3, 0.5**2, 0.5, 1.0}
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-
-
-def test_it_trains(images: torch.Tensor) -> None:
-    model = timm.create_model(NAME, img_size=32, patch_size=8, num_classes=4, drop_path_rate=0.2, **TINY)
-    model(images).logsumexp(1).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
