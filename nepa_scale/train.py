@@ -55,7 +55,7 @@ from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.finetuning import Finetuning
 from nepa_scale.training.loop import Position, Run, train
 from nepa_scale.training.pretraining import Pretraining
-from nepa_scale.training.resumption import restore, rewind
+from nepa_scale.training.resumption import refuse_finished, restore, rewind
 from nepa_scale.training.run_folder import prepare_run_folder
 from nepa_scale.training.run_lock import RunLock
 from nepa_scale.training.schedule import Schedule
@@ -154,6 +154,8 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
     with lock, watchdog:
         # task and data
         shards, val, task, schedule = prepare(config, plan, world)
+        named = name if ds_config is not None or config.strategy != "auto" else None
+        together(world, lambda: refuse_finished(folder, config, named, schedule.total) if world.is_main else None)
         together(world, lambda: prepare_run_folder(folder, config) if world.is_main else None)
 
         # strategy

@@ -87,6 +87,7 @@ class Run:
     trackers: list[Tracker]
     evaluate: Callable[[], dict[str, float]] | None  # collective; raises Stopped
     dataset_samples: int
+    start_number: int = 0  # of this start in RUN/starts.jsonl; on the main rank only
 
 
 def train(run: Run, batches: Iterator[Batch], start: Position) -> StopRequest | None:
@@ -202,6 +203,7 @@ def save(run: Run, position: Position) -> None:
         "strategy": run.strategy.name,
         "world_size": run.world.size,
         "config": to_dict(run.config),
+        "start": run.start_number,
     }
     with run.watchdog.patient(position.step, "saving"):
         run.checkpointer.save(position.step, run.strategy.shards, replicated=run.strategy.replicated, meta=meta)

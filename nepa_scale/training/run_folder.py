@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 
 from nepa_scale.config import Config, ConfigError, config_from_dict, flatten, to_dict
@@ -28,25 +30,48 @@ IDENTITY = (
     "train.seed",
     "train.global_batch_size",
 )
+# what can bear neither on a run's results nor on what its record says of them; all else is a setting, whose change is
+# recorded (`run_record`)
+NO_SETTINGS = (
+    "output",
+    "tracker",
+    "train.resume",
+    "train.timeout",
+    "data.workers",  # samples and their crops do not depend on who reads them
+    "data.timeout",
+    "data.retries",
+    "data.cache",
+    "data.allow_pipe",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.stop_on_failure",
+    "evaluate.batch_size",
+)
 
 
 def require_same_run(saved: dict[str, Any], config: Config, where: str) -> None:
     """Compares the identity of a saved configuration with that of `config`.
 
     Raises:
-        ConfigError: they differ; the first difference is named.
+        ConfigError: they differ; all differences are named.
     """
     old, new = (flatten(to_dict(c)) for c in (config_from_dict(saved, where), config))
-    for key, value in new.items():
-        if key.startswith(IDENTITY) and old[key] != value:
-            raise ConfigError(
-                f"{where} belongs to another run: {key} was {old[key]}, now it is {value}; "
-                "set it back, or choose another folder with output=..."
-            )
+    differences = [
+        f"{key} was {old[key]}, now it is {value}"
+        for key, value in new.items()
+        if key.startswith(IDENTITY) and old[key] != value
+    ]
+    if differences:
+        raise ConfigError(
+            f"{where} belongs to another run: {'; '.join(differences)}; "
+            f"set {'it' if len(differences) == 1 else 'them'} back, or choose another folder with output=..."
+        )
 
 
 def prepare_run_folder(run: Path, config: Config) -> None:
-    """Creates the folder and writes its `config.yaml`; called by the main rank only.
+    """Creates the folder and, at a run's first start, its `config.yaml`, which no later start changes.
+
+    Called by the main rank only.
 
     Raises:
         ConfigError: the folder cannot be written, holds another run, or holds this one and train.resume=none.
@@ -69,6 +94,7 @@ def prepare_run_folder(run: Path, config: Config) -> None:
                 f"{run} already holds this run and train.resume=none asks for a fresh one: remove the folder, choose "
                 "another with output=..., or let train.resume=auto go on with it"
             )
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(to_dict(config) | {"provenance": provenance()}, sort_keys=False))
     temporary.replace(path)
@@ -77,7 +103,7 @@ def prepare_run_folder(run: Path, config: Config) -> None:
 def provenance() -> dict[str, Any]:
     """Where the run's numbers come from: versions, commit, command, host, time."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": _commit(),
         "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,7 +111,7 @@ def provenance() -> dict[str, Any]:
         "versions": {
             name: package_version(name) for name in ("nepa_scale", "torch", "deepspeed", "webdataset", "timm")
         },
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
     }
 
 
