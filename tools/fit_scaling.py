@@ -1,8 +1,9 @@
 """Fits scaling laws: L(N, D) = E + A / N^alpha + B / D^beta, and IsoFLOP parabolas, with intervals.
 
-DATA is one CSV file, or run folders. N: parameters, D: samples (or tokens), each in any unit; L must be positive: of
-NEPA fit one_plus_loss, or an error rate (knn_error, probe_error, reference_error), not the loss itself. Runs that have
-not finished or have collapsed are left out, and named. Fits by a Huber loss on log L and by variable projection;
+DATA is one CSV file (separated by commas, semicolons or tabs), or run folders. N: parameters, D: samples (or tokens),
+each in any unit; L must be positive and fall with both: of NEPA fit one_plus_loss, or an error rate (knn_error,
+probe_error, reference_error), not the loss itself or an accuracy. Runs that have not finished or have collapsed are
+left out, and named. Fits by a Huber loss on log L and by variable projection;
 reports 90% bootstrap intervals, the error of predicting the largest runs from the others, outliers, and how other forms
 of law do on the same data. What the data
 cannot determine is refused, with the runs to add.
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nepa_scale.command_line import Parser, add_result_options, deliver, run
+from nepa_scale.command_line import Parser, add_result_options, choice, deliver, run
 from nepa_scale.config import ConfigError
 from nepa_scale.scaling import (
     IsoflopFit,
@@ -33,25 +34,65 @@ from nepa_scale.scaling import (
     fit_parametric,
     project_variables,
 )
+from nepa_scale.scaling.direction import require_falling
 from nepa_scale.scaling.envelope import EnvelopeFit, fit_envelope
 from nepa_scale.scaling.forms import compare_forms, compare_frontiers
-from nepa_scale.scaling.metrics import find_metric
+from nepa_scale.scaling.metrics import find_metric, list_metrics
 from nepa_scale.scaling.plots import plot_law
-from nepa_scale.scaling.points import Points, points_of_runs, read_csv, require_one_objective
+from nepa_scale.scaling.points import (
+    SAMPLES_FROM_FLOPS,
+    Columns,
+    Points,
+    points_of_runs,
+    read_csv,
+    require_one_objective,
+)
 from nepa_scale.scaling.recorded_runs import read_recorded_runs
+
+PARAMETERS, SAMPLES, LOSS = "parameters", "samples", "loss"  # what the columns are called unless another is named
+RESAMPLINGS = 10  # fewer have no tails to take a 90% interval from
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("data", nargs="+", type=Path, metavar="DATA", help="a CSV file, or run folders")
-    parser.add_argument("--parameters", default="parameters", metavar="COL", help="column of N (default: parameters)")
-    parser.add_argument("--samples", default="samples", metavar="COL", help="column of D (default: samples)")
-    parser.add_argument("--loss", default="loss", metavar="COL", help="column, or metric of the runs (default: loss)")
+    parser.add_argument("--parameters", metavar="COL", help=f"column of N (default: {PARAMETERS})")
+    parser.add_argument("--samples", metavar="COL", help=f"column of D (default: {SAMPLES})")
+    parser.add_argument("--loss", metavar="COL", help=f"column (default: {LOSS}), or metric of the runs (no default)")
     parser.add_argument("--flops", metavar="COL", help="column of compute (default: of runs their own, else 6 N D)")
-    parser.add_argument("--bootstrap", type=int, default=200, metavar="N", help="resamplings (default: 200; 0: none)")
-    parser.add_argument("--level", type=float, default=0.9, metavar="P", help="of the intervals (default: 0.9)")
+    parser.add_argument("--samples-from-flops", type=choice("--samples-from-flops", (SAMPLES_FROM_FLOPS,)),
+                        metavar=SAMPLES_FROM_FLOPS, help="for want of D: D = C / (6 N), with C of --flops")  # fmt: skip
+    parser.add_argument("--log10", action="append", default=[], metavar="COL",
+                        help="a column, named above, that holds logarithms to base ten; may be repeated")  # fmt: skip
+    parser.add_argument("--bootstrap", type=resamplings, default=200, metavar="N", help="(default: 200; 0: none)")
+    parser.add_argument("--level", type=level, default=0.9, metavar="P", help="of the intervals (default: 0.9)")
     add_result_options(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.samples_from_flops and arguments.samples:
+        parser.error(
+            "--samples names the column of D, so that --samples-from-flops has nothing to do: give one of them"
+        )
+    if arguments.samples_from_flops and not arguments.flops:
+        parser.error("--samples-from-flops needs the column of compute: name it with --flops")
+    return arguments
+
+
+def resamplings(word: str) -> int:
+    """An argparse type: 0, or enough for an interval."""
+    if not word.isdecimal() or 0 < int(word) < RESAMPLINGS:
+        raise argparse.ArgumentTypeError(f"{word} must be 0, for no intervals, or a whole number from {RESAMPLINGS}")
+    return int(word)
+
+
+def level(word: str) -> float:
+    """An argparse type: a share between 0 and 1, neither included."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{word} must lie between 0 and 1: 0.9 for 90%")
+    return value
 
 
 def main() -> int:
@@ -71,6 +112,7 @@ def main() -> int:
     facts = {
         "runs": len(loss),
         "left_out": points.left_out,
+        "samples_from_flops": arguments.samples_from_flops,
         "parametric": dataclasses.asdict(law) | {"a": law.a, "b": law.b},
         "variable_projection": dataclasses.asdict(projected) | {"a": projected.a, "b": projected.b},
         "isoflop": dataclasses.asdict(isoflop) if isoflop else None,
@@ -82,8 +124,7 @@ def main() -> int:
         "frontiers": [dataclasses.asdict(form) for form in compare_frontiers(flops, loss)],
     }
     if arguments.plot:
-        names = (arguments.parameters, arguments.samples, arguments.loss)
-        plot_law(arguments.plot, np.array(n), np.array(d), np.array(loss), law, names)
+        plot_law(arguments.plot, np.array(n), np.array(d), np.array(loss), law, points.names)
     deliver(facts, describe(facts, law, isoflop), arguments.json)
     return 0
 
@@ -100,19 +141,48 @@ def envelope_of(points: Points, arguments: argparse.Namespace) -> tuple[Envelope
 
 
 def read(arguments: argparse.Namespace) -> Points:
-    if all(path.is_dir() for path in arguments.data):
-        runs = read_recorded_runs(arguments.data)
-        points = points_of_runs(runs, find_metric(arguments.loss, runs))
-        require_one_objective(points)
-        return points
-    if len(arguments.data) > 1:
+    folders = [path.is_dir() for path in arguments.data]
+    if len(folders) > 1 and not all(folders):
         raise ConfigError("give one CSV file, or run folders only")
-    return read_csv(arguments.data[0], arguments.parameters, arguments.samples, arguments.loss, arguments.flops)
+    if all(folders):
+        return read_runs(arguments)
+    columns = Columns(
+        parameters=arguments.parameters or PARAMETERS,
+        samples=None if arguments.samples_from_flops else arguments.samples or SAMPLES,
+        loss=arguments.loss or LOSS,
+        flops=arguments.flops,
+        log10=tuple(arguments.log10),
+    )
+    points = read_csv(arguments.data[0], columns)
+    require_falling(points)
+    return points
+
+
+def read_runs(arguments: argparse.Namespace) -> Points:
+    for option, given in (
+        ("--parameters", arguments.parameters not in (None, PARAMETERS)),
+        ("--samples", arguments.samples not in (None, SAMPLES)),
+        ("--flops", arguments.flops),
+        ("--samples-from-flops", arguments.samples_from_flops),
+        ("--log10", arguments.log10),
+    ):
+        if given:
+            raise ConfigError(
+                f"{option} is for columns of a CSV file: runs know their sizes, samples and FLOPs themselves"
+            )
+    runs = read_recorded_runs(arguments.data)
+    if arguments.loss is None:
+        raise ConfigError(f"name what to fit with --loss: {list_metrics(runs)}")
+    points = points_of_runs(runs, find_metric(arguments.loss, runs))
+    require_one_objective(points)
+    require_falling(points)
+    return points
 
 
 def describe(facts: dict[str, Any], law: ParametricFit, isoflop: IsoflopFit | None) -> str:
     projected = facts["variable_projection"]
-    lines = [f"{facts['runs']} runs; L(N, D) = E + A / N^alpha + B / D^beta", ""]
+    derived = "; D = C / (6 N)" if facts["samples_from_flops"] else ""
+    lines = [f"{facts['runs']} runs; L(N, D) = E + A / N^alpha + B / D^beta{derived}", ""]
     lines.append(f"{'':<8}{'Huber on log L':>16}{f'{law.level:.0%} interval':>28}{'variable projection':>22}")
     for name in ("E", "A", "B", "alpha", "beta", "a", "b"):
         interval = law.intervals.get(name)

@@ -65,16 +65,24 @@ def logged_metrics(runs: Sequence[RecordedRun]) -> list[Metric]:
     return [metric for metric in METRICS if any(run.values(metric.key) for run in runs)]
 
 
+def list_metrics(runs: Sequence[RecordedRun]) -> str:
+    """What laws may be fitted to: the metrics that runs have, and how many have each."""
+    counts = {metric.name: sum(bool(run.values(metric.key)) for run in runs) for metric in METRICS if metric.law}
+    found = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
+    return f"of {len(runs)} runs there are {found}" if found else f"none of {', '.join(counts)} is in {len(runs)} runs"
+
+
 def find_metric(name: str, runs: Sequence[RecordedRun]) -> Metric:
     """The one called `name`: of `METRICS`, or anything else that the runs log, as it is.
 
     Raises:
-        ConfigError: no run has it.
+        ConfigError: no run has it; what they have is listed.
     """
     known = {metric.name: metric for metric in logged_metrics(runs)}
     logged = {key for run in runs for row in run.rows for key in row}
     if name in known:
         return known[name]
     if name not in logged:
-        raise ConfigError(f"the metrics of these runs have no '{name}'{nearest(name, sorted({*known, *logged}))}")
+        close = nearest(name, sorted({*known, *logged}))
+        raise ConfigError(f"the metrics of these runs have no '{name}'{close}: {list_metrics(runs)}")
     return Metric(name, name, name)

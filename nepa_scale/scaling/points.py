@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nepa_scale.config import ConfigError, nearest
+from nepa_scale.scaling.csv_file import read_csv_file
 from nepa_scale.scaling.metrics import Metric
 from nepa_scale.scaling.observations import NotDetermined
 from nepa_scale.scaling.recorded_runs import RecordedRun, collapse
+
+SAMPLES_FROM_FLOPS = "6ND"  # the rule by which D may be had from N and C, where it is asked for: C = 6 N D
+_POSITIVE_LOSS = ": fit 1 + loss, or an error rate"
+_LOGARITHMS = (2, 40)  # of parameters, samples and FLOPs, natural ones too, lie between these
+_LOGARITHMS_SPAN = 3  # the largest of a sweep's is less than that many times the smallest; counts vary by more
 
 
 @dataclass(frozen=True)
 class Points:
     """What is fitted, row by row.
 
+    names: of parameters, samples and loss, for figures and messages
     flops: None where the data have none
     runs: whose these are; empty for rows of a file
     left_out: runs that are not fitted, and why
@@ -26,6 +32,7 @@ class Points:
     samples: list[float]
     loss: list[float]
     flops: list[float] | None
+    names: tuple[str, str, str] = ("parameters", "samples", "loss")
     runs: list[RecordedRun] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -43,35 +50,94 @@ def require_one_objective(points: Points) -> None:
         )
 
 
-def read_csv(path: Path, parameters: str, samples: str, loss: str, flops: str | None) -> Points:
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a CSV file are which.
+
+    samples: None where they follow from the FLOPs, D = C / (6 N)
+    flops: None where none are needed
+    log10: those that hold logarithms
+    """
+
+    parameters: str
+    samples: str | None
+    loss: str
+    flops: str | None = None
+    log10: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The columns that are read, and the option that names each."""
+        options = ("--loss", self.loss), ("--parameters", self.parameters)
+        others = ("--samples", self.samples), ("--flops", self.flops)
+        return dict(options) | {option: column for option, column in others if column}
+
+
+def read_csv(path: Path, columns: Columns) -> Points:
     """The named columns of a file with a header.
 
     Raises:
-        ConfigError: it cannot be read, a column is missing, or a cell is not a number (row and column are named).
+        ConfigError: it cannot be read, a column is missing, or a cell is not a positive number (row and column are
+            named), rows repeat each other, or a column holds logarithms and is not in `columns.log10`.
     """
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not rows:
-        raise ConfigError(f"{path} holds no rows below its header")
-    wanted = {"parameters": parameters, "samples": samples, "loss": loss} | ({"flops": flops} if flops else {})
-    for option, name in wanted.items():
-        if name not in rows[0]:
-            found = [key for key in rows[0] if key]
-            raise ConfigError(
-                f"{path} has no column '{name}'{nearest(name, found)}: name one with --{option} ({', '.join(found)})"
-            )
-    columns = {
-        option: [_number(row[name], path, at, name) for at, row in enumerate(rows)] for option, name in wanted.items()
+    file = read_csv_file(path)
+    options = columns.options
+    for option, column in options.items():
+        derived = f"; or have D = C / (6 N) with --samples-from-flops {SAMPLES_FROM_FLOPS}" if columns.flops else ""
+        file.require(column, option, derived if option == "--samples" else "")
+    _require_different(columns)
+    read = {
+        option: file.numbers(column, log10=column in columns.log10, hint=_POSITIVE_LOSS if option == "--loss" else "")
+        for option, column in options.items()
     }
-    return Points(columns["parameters"], columns["samples"], columns["loss"], columns.get("flops"))
+    for option, column in options.items():
+        if option != "--loss" and column not in columns.log10:
+            _require_counts(path, column, read[option])
+    file.require_different_rows()
+    n, loss, flops = read["--parameters"], read["--loss"], read.get("--flops")
+    if columns.samples is None:
+        assert flops is not None
+        samples = [c / (6 * size) for size, c in zip(n, flops, strict=True)]
+    else:
+        samples = read["--samples"]
+    d = columns.samples or f"{columns.flops} / (6 {columns.parameters})"
+    return Points(n, samples, loss, flops, (columns.parameters, d, columns.loss))
+
+
+def _require_different(columns: Columns) -> None:
+    """
+    Raises:
+        ConfigError: a column is read as two things, or logarithms of one that is not read.
+    """
+    options = columns.options
+    named: dict[str, str] = {}
+    for option, column in options.items():
+        other = named.setdefault(column, option)
+        if other != option:
+            raise ConfigError(f"{option} and {other} both name the column {column}")
+    for column in columns.log10:
+        if column not in named:
+            close = nearest(column, list(named))
+            raise ConfigError(f"--log10 {column} is none of the columns that are read{close}: {', '.join(named)}")
+
+
+def _require_counts(path: Path, column: str, values: Sequence[float]) -> None:
+    """
+    Raises:
+        ConfigError: the values are such that they must be logarithms: small, and close to each other.
+    """
+    smallest, largest = min(values), max(values)
+    low, high = _LOGARITHMS
+    if low <= smallest < largest <= high and largest < smallest * _LOGARITHMS_SPAN:
+        raise ConfigError(
+            f"{path}: {column} holds {smallest:g} to {largest:g}, which look like logarithms: read those of base ten "
+            f"with --log10 {column}, or write the counts in full"
+        )
 
 
 def points_of_runs(runs: Sequence[RecordedRun], metric: Metric) -> Points:
     """Size, images seen, FLOPs and final value of those runs that have finished, have the metric and are sound."""
-    points = Points([], [], [], [])
+    points = Points([], [], [], [], ("parameters", "samples", metric.name))
     for run in runs:
         value, seen, flops = metric.final(run), run.last("samples_seen"), run.last("flops_seen")
         why = "" if run.status == "finished" else f"{run.status}: {run.said}".rstrip(": ")
@@ -86,10 +152,3 @@ def points_of_runs(runs: Sequence[RecordedRun], metric: Metric) -> Points:
         assert points.flops is not None
         points.flops.append(flops)
     return points
-
-
-def _number(cell: str | None, path: Path, row: int, column: str) -> float:
-    try:
-        return float(cell or "")
-    except ValueError:
-        raise ConfigError(f"{path}, row {row + 1}: {column} is '{cell or ''}', not a number") from None

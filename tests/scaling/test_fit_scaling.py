@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from nepa_scale.command_line import run
 from nepa_scale.config import Config, ModelConfig, TrainConfig, to_dict
 from tests.launch import REPOSITORY
+from tools import fit_scaling
 
 
 def fit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    tool = str(REPOSITORY / "tools" / "fit_scaling.py")
-    return subprocess.run([sys.executable, tool, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    """The tool in this process, as by itself: without the seconds of another process's imports."""
+    words = ["fit_scaling.py", *map(str, arguments)]
+    out, said = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(said), mock.patch.object(sys, "argv", words):
+        try:
+            status = run(fit_scaling.main)
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), said.getvalue())
 
 
 @pytest.fixture
@@ -43,14 +55,15 @@ def test_a_file_becomes_a_law_and_a_picture(points: Path, tmp_path: Path) -> Non
     assert facts["isoflop"] is None or facts["isoflop_reason"] is None
     assert facts["extrapolation_error"] < 1e-3
     assert (tmp_path / "law.png").stat().st_size > 20_000
-    assert "N* ~ C^a" in fit(points, *COLUMNS, "--bootstrap", 0).stdout
+    program = [sys.executable, str(REPOSITORY / "tools" / "fit_scaling.py"), str(points), *COLUMNS, "--bootstrap", "0"]
+    assert "N* ~ C^a" in subprocess.run(program, capture_output=True, text=True, timeout=120).stdout
 
 
 def test_what_is_wrong_is_one_clear_line(points: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text(points.read_text() + "1e8,many,0.7\n")
     cases = [
         ((points, "--parameters", "parms", *COLUMNS[2:]), "no column 'parms' (did you mean 'params'?)"),
-        ((tmp_path / "bad.csv", *COLUMNS), "row 26: tokens is 'many', not a number"),
+        ((tmp_path / "bad.csv", *COLUMNS), "row 26 (line 27): tokens is 'many', not a number"),
         ((tmp_path, "--loss", "one_plus_loss"), "is not a run folder, and holds none"),
     ]
     for arguments, why in cases:
@@ -58,6 +71,25 @@ def test_what_is_wrong_is_one_clear_line(points: Path, tmp_path: Path) -> None:
         assert done.returncode == 2
         assert why in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--level", "90"), "90 must lie between 0 and 1: 0.9 for 90%"),
+        (("--level", "nan"), "nan must lie between 0 and 1"),
+        (("--bootstrap", "-5"), "-5 must be 0, for no intervals, or a whole number from 10"),
+        (("--bootstrap", "1"), "1 must be 0, for no intervals, or a whole number from 10"),
+        (("--samples-from-flops", "6ND"), "--samples-from-flops needs the column of compute"),
+        (("--samples-from-flops", "6ND", "--flops", "c", "--samples", "d"), "--samples names the column of D"),
+        (("--samples-from-flops", "8ND", "--flops", "c"), "8ND is not one of 6ND"),
+    ],
+)
+def test_options_that_mean_nothing_are_usage_errors(options: tuple[str, ...], why: str) -> None:
+    done = fit("points.csv", *options)
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
@@ -85,6 +117,9 @@ def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config) | {"provenance": {}}))
         row = {"samples_seen": 50, "flops_seen": 1e9, "one_plus_loss": 0.1} | last
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    done = fit(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "name what to fit with --loss: of 11 runs there are one_plus_loss (11)" in done.stderr
     done = fit(tmp_path, "--loss", "one_plus_loss", "--bootstrap", 0, "--json", "-")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
