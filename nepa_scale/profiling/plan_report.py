@@ -11,6 +11,7 @@ from nepa_scale.config import ModelConfig
 from nepa_scale.models import resolve_architecture
 from nepa_scale.profiling.devices import Device
 from nepa_scale.profiling.figures import PALETTE, save, stacked_bars
+from nepa_scale.profiling.launch_scripts import as_word
 from nepa_scale.profiling.plan import Assumptions, Choice, Job, step_time
 
 
@@ -49,8 +50,21 @@ def describe(job: Job, choices: Sequence[Choice]) -> str:
     return "\n".join(lines)
 
 
-def facts_of(job: Job, choices: Sequence[Choice], command: str | None, script: str | None) -> dict[str, Any]:
-    """The object of `tools/plan.py --json`."""
+def describe_changes(file: str, changes: dict[str, tuple[Any, Any]]) -> str:
+    """What the planned run has otherwise than the configuration file."""
+    lines = [f"  {key}: {as_word(old)} -> {as_word(new)}" for key, (old, new) in changes.items()]
+    return "\n".join([f"changed in {file}:" if lines else f"nothing is changed in {file}", *lines])
+
+
+def facts_of(
+    job: Job,
+    choices: Sequence[Choice],
+    file: str,
+    changes: dict[str, tuple[Any, Any]] | None,
+    command: str | None,
+    script: str | None,
+) -> dict[str, Any]:
+    """The object of `tools/plan.py --json`; changes: key -> [in the file, planned]; null where nothing fits."""
     return {
         "size": job.model.size,
         "gpus": job.gpus,
@@ -62,6 +76,8 @@ def facts_of(job: Job, choices: Sequence[Choice], command: str | None, script: s
         "fits": any(choice.fits for choice in choices),
         "recommended": choices[0].to_json() if choices[0].fits else None,
         "choices": [choice.to_json() for choice in choices],
+        "config": file,
+        "changes": changes,
         "command": command,
         "slurm": script,
     }

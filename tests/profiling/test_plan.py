@@ -16,9 +16,17 @@ from nepa_scale.config import ConfigError, ModelConfig, load_config
 from nepa_scale.models import resolve_architecture
 from nepa_scale.profiling.communication import Volume, step_volume
 from nepa_scale.profiling.devices import find_device
-from nepa_scale.profiling.launch_scripts import command, overrides, slurm_script
+from nepa_scale.profiling.launch_scripts import (
+    Source,
+    command,
+    find_source,
+    overrides,
+    planned_changes,
+    slurm_script,
+)
 from nepa_scale.profiling.parameters import count_parameters
 from nepa_scale.profiling.plan import Job, plan, step_time
+from nepa_scale.profiling.plan_report import describe_changes
 from tests.profiling.communication_ranks import MODEL, PRECISIONS, STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,21 +104,50 @@ def test_thousands_of_gpus_and_ten_billion_parameters() -> None:
     assert plan(large)[0].fits
 
 
-@pytest.mark.parametrize("size", ["vit_g", "vit_7b", "vit_b"])
-def test_the_command_means_what_was_planned(size: str) -> None:
-    planned = job(size, 16)
+def source_and_job(size: str, words: list[str], gpus: int = 16) -> tuple[Source, Job]:
+    source = find_source(None, size, None, words)
+    config = source.wanted
+    assert config.train.epochs is not None
+    return source, job(size, gpus, epochs=config.train.epochs, global_batch=config.train.global_batch_size)
+
+
+@pytest.mark.parametrize("size", ["vit_b", "vit_l", "vit_h", "vit_g", "vit_7b"])
+def test_the_command_is_the_run_of_the_file_with_what_the_plan_decides(size: str) -> None:
+    source, planned = source_and_job(size, [])
     best = plan(planned)[0]
-    words = overrides(planned, best)
+    words = overrides(source, planned, best)
     config = load_config(ROOT / words[0].removeprefix("--config "), words[1:])
-    assert resolve_architecture(config.model) == resolve_architecture(planned.model)
-    assert (config.strategy, config.activation_checkpointing) == (best.strategy, best.recompute)
-    assert config.train.micro_batch_size == best.micro_batch
-    assert config.train.epochs == 800
-    assert "--nnodes 2 --nproc_per_node 8" in command(planned, best)
-    script = slurm_script(planned, best)
+    expected = load_config(source.file, [] if size != "vit_7b" else ["model.size=vit_7b", "output=runs/vit_7b14"])
+    expected.strategy, expected.activation_checkpointing = best.strategy, best.recompute
+    expected.train.micro_batch_size = best.micro_batch
+    assert config == expected
+    assert config.model.qk_norm == ("plain" if size == "vit_b" else "affine")
+    assert config.train.epochs == 1600
+    changes = planned_changes(source, planned, best)
+    assert changes["strategy"] == ("auto", best.strategy)
+    assert not {"model.qk_norm", "train.epochs", "train.global_batch_size", "ema.decay"} & changes.keys()
+    assert "--nnodes 2 --nproc_per_node 8" in command(source, planned, best)
+    script = slurm_script(source, planned, best)
     assert "--nodes=2" in script
     assert "--ntasks-per-node=8" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_what_is_asked_for_goes_over_the_file_and_is_listed(tmp_path: Path) -> None:
+    source, planned = source_and_job("vit_l", ["train.epochs=300", "model.qk_norm=none", "model.image_size=[224, 448]"])
+    changes = planned_changes(source, planned, plan(planned)[0])
+    assert changes["train.epochs"] == (1600.0, 300.0)
+    assert changes["model.qk_norm"] == ("affine", "none")
+    text = describe_changes(source.name, changes)
+    assert text.startswith("changed in configs/pretrain/vit_l14.yaml:")
+    assert "model.image_size: 224 -> [224,448]" in text
+    file = tmp_path / "own.yaml"
+    file.write_text("model: {size: vit_s, patch_size: 16, layer_scale: null}\ntrain: {epochs: 5}\n")
+    own = find_source(file, None, None, [])
+    assert own.wanted == own.written == load_config(file)
+    assert overrides(own, job("vit_s", 1), plan(job("vit_s", 1))[0])[0] == f"--config {file}"
+    with pytest.raises(ConfigError, match=r"objective\.name=mae: only pretraining by next_embedding"):
+        find_source(ROOT / "configs/pretrain/vit_b16_mae.yaml", None, None, [])
 
 
 def test_unknown_devices_and_batches_that_do_not_divide() -> None:

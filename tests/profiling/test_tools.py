@@ -49,6 +49,9 @@ def test_plan(tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert done.returncode == 0
     assert facts["recommended"]["fits"]
+    assert (facts["config"], facts["epochs"], facts["global_batch"]) == ("configs/pretrain/vit_l14.yaml", 1600, 4096)
+    assert facts["changes"]["strategy"] == ["auto", facts["recommended"]["strategy"]]
+    assert all(f"{key}=" in facts["command"] for key in facts["changes"])
     assert facts["slurm"] == script.read_text()
     assert call("plan", "--gpus", "1", "--gpu", "rtx4090", "--size", "vit_7b").returncode == 1
 
