@@ -83,7 +83,7 @@ class FinetuneConfig:
     """`task=finetune`: a classifier on a pretrained backbone. Defaults are the released recipe of NEPA-B."""
 
     weights: str | None = None  # run folder or checkpoint of pretraining, or an official folder; null: from scratch
-    average: bool = True  # start from the moving average of its weights, where there is one
+    average: bool | None = None  # start from the moving average of its weights; null: where it is old enough, else raw
     pooling: str = "mean"  # of the patches; or last: the last patch, which under causal attention has seen all
     causal: bool = False  # keep attention causal, as in the starred results
     freeze_patches: bool = True  # weight and bias of the patch embedding stay as they are

@@ -30,12 +30,12 @@ from nepa_scale.data import DataError, EvaluationStream, ShardSet
 from nepa_scale.data.batch import Batch
 from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.attentive_probe import AttentiveProbe
-from nepa_scale.evaluation.loading import attends_causally, load_any
+from nepa_scale.evaluation.loading import attends_causally, load_any, source_of
 from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
 from nepa_scale.objectives import Classifier
 from nepa_scale.sharding import World, join_world, leave_world
 from nepa_scale.training.departure import depart
-from nepa_scale.training.export import KINDS
+from nepa_scale.training.weights import KINDS, WEIGHTS_HELP
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run folder, a checkpoint, an official folder")
     parser.add_argument("--data", required=True, help="labelled shards to evaluate on")
     parser.add_argument("--train", help="labelled shards for kNN and probe (default: those the run was trained on)")
-    parser.add_argument("--weights", choices=list(KINDS), help="default: the moving average, where there is one")
+    parser.add_argument("--weights", choices=list(KINDS), help=WEIGHTS_HELP)
     parser.add_argument("--bank", type=int, default=50_000, help="training images used, evenly spread (default: 50000)")
     parser.add_argument(
         "--blocks", type=int, nargs="+", help="probe these, from 1 (default: each quarter of the depth)"
@@ -84,11 +84,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     began = time.monotonic()
-    task, config, weights = load_any(arguments.checkpoint, arguments.weights)
-    task.to(world.device)
+    loaded = load_any(arguments.checkpoint, arguments.weights)
+    task, config = loaded.task.to(world.device), loaded.config
+    if loaded.note and world.is_main:
+        print(loaded.note, file=sys.stderr)
     data = DataConfig(workers=arguments.workers, interpolation=arguments.interpolation)
     val = ShardSet.open(arguments.data, data)
-    facts: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "weights": weights}
+    facts: dict[str, Any] = loaded.facts
 
     def shown(batches: Iterable[Batch], title: str, count: int) -> Iterator[Batch]:
         console = Console(stderr=True)
@@ -148,7 +150,7 @@ def report(facts: dict[str, Any], json_file: str | None) -> None:
         return
     if json_file:
         Path(json_file).write_text(json.dumps(facts) + "\n")
-    print(f"{facts['checkpoint']} ({facts['weights']} weights), {facts['seconds']:.0f} s")
+    print(f"{source_of(facts)}, {facts['seconds']:.0f} s")
     labels = {
         "top1": "top-1",
         "top5": "top-5",

@@ -31,8 +31,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from nepa_scale.config import EXIT_USAGE, ConfigError
 from nepa_scale.evaluation.model_card import write_model_card
 from nepa_scale.interop import save_official
-from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
-from nepa_scale.training.export import KINDS, export_safetensors, load_task
+from nepa_scale.training.checkpoint import locate_checkpoint
+from nepa_scale.training.export import export_safetensors, load_task
+from nepa_scale.training.weights import KINDS, WEIGHTS_HELP, choose_weights
 
 
 def main() -> int:
@@ -40,9 +41,7 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint, or a run folder")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a file (safetensors) or a folder")
     parser.add_argument("--to", required=True, choices=["safetensors", "official", "timm"], help="the layout of OUTPUT")
-    parser.add_argument(
-        "--weights", default="raw", choices=list(KINDS), help="as trained, or their moving average (default: raw)"
-    )
+    parser.add_argument("--weights", choices=list(KINDS), help=WEIGHTS_HELP)
     parser.add_argument("--json", metavar="FILE", help="also write what was done as one JSON object; - for stdout")
     arguments = parser.parse_args()
     try:
@@ -61,29 +60,32 @@ def main() -> int:
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was exported, as `export_safetensors` describes it."""
+    checkpoint = locate_checkpoint(arguments.checkpoint)
+    chosen = choose_weights(checkpoint, arguments.weights)
+    if chosen.note:
+        print(chosen.note, file=sys.stderr)
     if arguments.to == "safetensors":
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("export")
             return export_safetensors(
-                arguments.checkpoint,
+                checkpoint,
                 arguments.output,
-                arguments.weights,
+                chosen.weights,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )
-    checkpoint = locate_checkpoint(arguments.checkpoint)
-    model = load_task(checkpoint, arguments.weights)
+    model = load_task(checkpoint, chosen.weights)
     if arguments.to == "timm":
         from nepa_scale.interop.timm import save_timm  # imports timm, which takes seconds
 
         save_timm(model, arguments.output)
     else:
         save_official(model, arguments.output)
-    write_model_card(arguments.output, checkpoint, model, layout=arguments.to, weights=arguments.weights)
+    write_model_card(arguments.output, checkpoint, model, layout=arguments.to, weights=chosen.weights)
     return {
         "checkpoint": str(checkpoint),
-        "step": read_meta(checkpoint)["step"],
-        "weights": arguments.weights,
+        "step": chosen.step,
+        "weights": chosen.weights,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": sum(path.stat().st_size for path in arguments.output.iterdir() if path.is_file()),
         "output": str(arguments.output),

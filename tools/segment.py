@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,8 +50,8 @@ from nepa_scale.evaluation.segmentation import (
 from nepa_scale.evaluation.segmentation_report import describe, draw
 from nepa_scale.sharding import World, join_world, leave_world
 from nepa_scale.training.departure import depart
-from nepa_scale.training.export import KINDS
 from nepa_scale.training.progress import with_progress
+from nepa_scale.training.weights import KINDS, WEIGHTS_HELP
 
 PICTURES = 4
 
@@ -65,7 +66,7 @@ def parse() -> argparse.Namespace:
         help="whether label 0 is no class, as in ADE20K (default: it is none)",
     )  # fmt: skip
     parser.add_argument("--classes", type=positive, metavar="C", help="default: the highest label says; ADE20K: 150")
-    parser.add_argument("--weights", choices=list(KINDS), help="default: the moving average, where there is one")
+    parser.add_argument("--weights", choices=list(KINDS), help=WEIGHTS_HELP)
     parser.add_argument(
         "--blocks", type=positive, nargs="+", metavar="N", help="from 1 (default: each quarter of the depth)"
     )
@@ -114,8 +115,10 @@ def segment(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     training, validation = (
         Split.open(arguments.data, name, arguments.zero_is_ignored) for name in ("training", "validation")
     )
-    task, _, weights = load_any(arguments.checkpoint, arguments.weights)
-    backbone = task.backbone
+    loaded = load_any(arguments.checkpoint, arguments.weights)
+    if loaded.note and world.is_main:
+        print(loaded.note, file=sys.stderr)
+    task, backbone = loaded.task, loaded.task.backbone
     architecture, workers = backbone.architecture, arguments.workers
     side, patch = arguments.side or min(architecture.image_size), architecture.patch_size
     if side % patch:
@@ -139,8 +142,7 @@ def segment(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     if arguments.plot and world.is_main:
         draw_some(features, head, images, world, arguments.plot)
     return {
-        "checkpoint": str(arguments.checkpoint),
-        "weights": weights,
+        **loaded.facts,
         "data": str(arguments.data),
         "blocks": [block + 1 for block in blocks],
         "causal": features.causal,

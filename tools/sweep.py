@@ -39,7 +39,7 @@ from nepa_scale.scaling.sweep import (
 from nepa_scale.training.progress import format_duration
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
-QUALITY = ("loss", "one_plus_loss", "effective_rank", "knn_top1", "probe_top1", "top1")
+QUALITY = ("loss", "one_plus_loss", "effective_rank", "knn_top1", "probe_top1", "top1", "weights")
 
 
 def parse() -> argparse.Namespace:
@@ -124,7 +124,7 @@ def table(runs: list[PlannedRun], active: set[str], title: str, rate: float | No
         shown.add_column(heading, justify="left" if heading in ("run", "state") else "right", overflow="fold")
     for one, row in zip(runs, rows, strict=True):
         state = "finished" if one.finished() else f"step {row.get('step', 0)}" if one.name in active else ""
-        quality = [f"{row[key]:.4g}" if isinstance(row.get(key), float) else "" for key in known]
+        quality = [f"{row[key]:.4g}" if isinstance(row.get(key), float) else str(row.get(key) or "") for key in known]
         time_needed = format_duration(one.flops / rate) if rate else ""
         figures = (f"{one.parameters:,}", f"{one.samples:,}", f"{one.flops:.2g}", time_needed)
         shown.add_row(one.name, *figures, state, *quality)

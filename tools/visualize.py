@@ -27,10 +27,10 @@ from nepa_scale.analysis.images import Framing, ImageSet
 from nepa_scale.analysis.similarity_report import SimilarityReport, describe_similarity
 from nepa_scale.command_line import Parser, deliver, positive, run, sides
 from nepa_scale.config import Config, ConfigError
-from nepa_scale.evaluation.loading import attends_causally, load_any
+from nepa_scale.evaluation.loading import attends_causally, load_any, source_of
 from nepa_scale.models import Architecture
 from nepa_scale.objectives import Classifier, NextEmbedding
-from nepa_scale.training.export import KINDS
+from nepa_scale.training.weights import KINDS, WEIGHTS_HELP
 
 ATTENTION = """What chosen patches attend to, laid over the image: by layer (mean over heads), and by layer and head.
 
@@ -94,7 +94,7 @@ def _add_common(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--whole", action="store_true", help="keep all of each image, its shorter side resized; else the middle is cut"
     )
-    parser.add_argument("--weights", choices=list(KINDS), help="default: the moving average, where there is one")
+    parser.add_argument("--weights", choices=list(KINDS), help=WEIGHTS_HELP)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: visualized/attention or similarity)")
     parser.add_argument("--json", metavar="FILE", help="write the same facts as one JSON object; - for stdout")
 
@@ -122,8 +122,10 @@ def main() -> int:
 def visualize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Draws, measures and writes the gallery; returns what is reported, as facts and in words."""
     began = time.monotonic()
-    task, config, weights = load_any(arguments.checkpoint, arguments.weights)
-    task.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_any(arguments.checkpoint, arguments.weights)
+    if loaded.note:
+        print(loaded.note, file=sys.stderr)
+    task, config = loaded.task.to("cuda" if torch.cuda.is_available() else "cpu"), loaded.config
     viewing = _viewing(arguments, task.backbone.architecture)
     causal = attends_causally(task) if arguments.causal is None else arguments.causal
     report: AttentionReport | SimilarityReport
@@ -137,7 +139,7 @@ def visualize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     pictures, sets = report.draw(), report.measure()
     height, width = viewing.framing.size
     words = (
-        f"{arguments.checkpoint} ({weights} weights), {'causal' if causal else 'bidirectional'}, "
+        f"{source_of(loaded.facts)}, {'causal' if causal else 'bidirectional'}, "
         f"{height} x {width} pixels{' (whole images: the shorter side)' if viewing.framing.whole else ''}"
     )
     text = f"{words}\n{DESCRIBE[arguments.command](sets)}"
@@ -149,8 +151,7 @@ def visualize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     facts = {
         "command": arguments.command,
-        "checkpoint": str(arguments.checkpoint),
-        "weights": weights,
+        **loaded.facts,
         "causal": causal,
         "image_size": [height, width],
         "whole": viewing.framing.whole,

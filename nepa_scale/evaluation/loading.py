@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nepa_scale.config import Config, config_from_dict
+from nepa_scale.config import Config, ConfigError, config_from_dict
 from nepa_scale.interop.official import CONFIG, load_official
 from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import load_task
+from nepa_scale.training.weights import choose_weights
 
 
-def load_any(path: Path, weights: str | None) -> tuple[NextEmbedding | Classifier, Config | None, str]:
-    """The module in eval mode on the host, the configuration of its run, and which of its weights were taken.
+@dataclass(frozen=True)
+class Loaded:
+    """
+    path: as it was given
+    task: the module in eval mode, on the host
+    config: of its run; None of an official folder
+    weights: which of its run's: "raw", "ema"; or "official", the one kind that an official folder has
+    step: of the checkpoint
+    note: a line for people, where the default is not the average that there is
+    """
 
-    weights: "raw" or "ema"; None: the moving average, where there is one. An official folder has one kind, "official",
-        and no configuration.
+    path: Path
+    task: NextEmbedding | Classifier
+    config: Config | None
+    weights: str
+    step: int | None
+    note: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """`checkpoint`, `weights` and `step`, for JSON."""
+        return {"checkpoint": str(self.path), "weights": self.weights, "step": self.step}
+
+
+def load_any(path: Path, weights: str | None) -> Loaded:
+    """What lies at `path`.
+
+    weights: "raw" or "ema"; None: by the rule of `training.weights`
     Raises:
         ConfigError: neither is there, or not with these weights.
     """
     if (path / CONFIG).is_file():
-        return load_official(path).task, None, "official"
+        if weights == "ema":
+            raise ConfigError(f"{path} is an official folder, which holds one kind of weights: leave out --weights")
+        return Loaded(path, load_official(path).task, None, "official", None, "")
     folder = locate_checkpoint(path)
+    chosen = choose_weights(folder, weights)
     config = config_from_dict(read_meta(folder)["config"], str(folder))
-    weights = weights or ("ema" if config.ema.decay > 0 else "raw")
-    return load_task(folder, weights), config, weights
+    return Loaded(path, load_task(folder, chosen.weights), config, chosen.weights, chosen.step, chosen.note)
+
+
+def source_of(facts: dict[str, Any]) -> str:
+    """What a tool's facts are of, for people: "runs/demo, step 600 (ema weights)"."""
+    step = "" if facts["step"] is None else f", step {facts['step']:,}"
+    return f"{facts['checkpoint']}{step} ({facts['weights']} weights)"
 
 
 def attends_causally(task: NextEmbedding | Classifier) -> bool:

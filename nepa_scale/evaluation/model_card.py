@@ -13,15 +13,17 @@ from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.profiling import forward_flops, train_flops
 from nepa_scale.training.checkpoint import read_meta
 from nepa_scale.training.run_folder import read_json_lines
+from nepa_scale.training.weights import weights_of
 
+UNTRAINED, PIXELS = "knn_top1_untrained", "knn_top1_pixels"
 PERCENTAGES = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
     "knn_top1": "kNN top-1 accuracy, 20 neighbours",
     "probe_top1": "linear probe top-1 accuracy",
-    "top1_raw": "top-1 accuracy of the weights as trained",
-    "knn_top1_untrained": "kNN top-1 accuracy of the untrained network",
-    "knn_top1_pixels": "kNN top-1 accuracy of raw pixels",
+    "top1_raw": "top-1 accuracy of the raw weights",
+    UNTRAINED: "kNN top-1 accuracy of the untrained network",
+    PIXELS: "kNN top-1 accuracy of raw pixels",
 }
 USE = {
     "official": "from nepa_scale.interop import load_official\n\nmodel = load_official({folder!r})",
@@ -55,7 +57,7 @@ def write_model_card(
         "## Training\n",
         _table(_training(meta, config, architecture, weights)),
         "## Quality\n",
-        _quality(run, meta["step"]),
+        _quality(run, meta["step"], config, weights),
         "## Use\n",
         f"```python\n{USE[layout].format(folder=folder.name)}\n```\n",
         f"Images are resized, cropped to {architecture.image_size[0]} x {architecture.image_size[1]} and scaled to "
@@ -101,7 +103,7 @@ def _model(task: NextEmbedding | Classifier, a: Architecture) -> dict[str, str]:
 def _training(meta: dict[str, Any], config: Config, a: Architecture, weights: str) -> dict[str, str]:
     seen, samples, batch = meta["samples_seen"], meta["dataset_samples"], config.train.global_batch_size
     objective = config.objective if config.task == "pretrain" else None
-    averaged = f"moving average, decay {config.ema.decay:g}" if weights == "ema" else "as trained"
+    averaged = f"ema: moving average, decay {config.ema.decay:g}" if weights == "ema" else "raw: as trained"
     return {
         "data": f"{config.data.train}: {samples:,} images",
         "images seen": f"{seen:,} ({seen / samples:,.1f} epochs), {meta['step']:,} steps of {batch:,}",
@@ -111,17 +113,22 @@ def _training(meta: dict[str, Any], config: Config, a: Architecture, weights: st
     }
 
 
-def _quality(run: Path, step: int) -> str:
+def _quality(run: Path, step: int, config: Config, weights: str) -> str:
+    """What was measured up to `step`, and of which weights: not necessarily those that the card is about."""
     rows = read_json_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}  # key -> value, weights
     for row in rows:
         if row.get("step", 0) <= step:
-            found |= {
-                label: f"{row[key]:.1%} (step {row['step']:,})" for key, label in PERCENTAGES.items() if key in row
-            }
+            for key in PERCENTAGES.keys() & row.keys():
+                measured = "raw" if key.endswith("_raw") else weights_of(row, config)
+                of_weights = "" if key == PIXELS else f", {measured} weights"
+                found[key] = f"{row[key]:.1%} (step {row['step']:,}{of_weights})", measured
     if not found:
         return "Not evaluated in training.\n"
-    return _table(found)
+    table = _table({label: found[key][0] for key, label in PERCENTAGES.items() if key in found})
+    if weights not in {measured for key, (_, measured) in found.items() if key not in (PIXELS, UNTRAINED)}:
+        table += f"\nThe {weights} weights, which these are, have not been evaluated in training.\n"
+    return table
 
 
 def _table(facts: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nepa_scale.data.segmentation_folder import IGNORED
+from nepa_scale.evaluation.loading import source_of
 
 Pixels = NDArray[np.uint8]
 _UNCOUNTED = (0.13, 0.13, 0.13)
@@ -23,7 +24,7 @@ def describe(facts: dict[str, Any]) -> str:
     ranked = sorted((row for row in facts["per_class"] if row["iou"] is not None), key=lambda row: -row["iou"])
     shown = ranked if len(ranked) <= 12 else [*ranked[:6], *ranked[-6:]]
     lines = [
-        f"{facts['checkpoint']} ({facts['weights']} weights), blocks {blocks}, {kind}, {facts['side']} pixels",
+        f"{source_of(facts)}, blocks {blocks}, {kind}, {facts['side']} pixels",
         f"  {facts['classes']} classes{', label 0 ignored' if facts['zero_is_ignored'] else ''}; "
         f"{facts['train_images']:,} training and {facts['val_images']:,} validation images; {facts['seconds']:.0f} s",
         f"  {'mIoU':<26}{facts['miou']:.1%}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from nepa_scale.config import Config
 from nepa_scale.data import EvaluationStream, ShardSet
@@ -16,6 +17,7 @@ from nepa_scale.training.ema import MovingAverage
 from nepa_scale.training.finetuning import Finetuning
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.watchdog import Watchdog
+from nepa_scale.training.weights import applied_by_default
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def make_evaluation(
     passes: Passes,
     strategy: Strategy,
     average: MovingAverage | None,
-) -> Callable[[], dict[str, float]] | None:
+) -> Callable[[], dict[str, Any]] | None:
     """The loop's evaluation: of the classifier, or of the features where both sets have labels."""
     if isinstance(task, Finetuning):
         if val is None:
@@ -70,14 +72,18 @@ def make_evaluation(
     classes = max(shards.classes, val.classes)
     bank = passes.over(shards, passes.config.evaluate.bank)
     probe = passes.config.evaluate.probe
-    return features_evaluation(FeatureEvaluation(bank, passes.over(val), classes, passes.world, probe=probe), strategy)
+    features = FeatureEvaluation(bank, passes.over(val), classes, passes.world, probe=probe)
+    return features_evaluation(features, strategy, average)
 
 
-def features_evaluation(features: FeatureEvaluation, strategy: Strategy) -> Callable[[], dict[str, float]]:
-    """Its first call of a run also measures what training has to beat."""
+def features_evaluation(
+    features: FeatureEvaluation, strategy: Strategy, average: MovingAverage | None
+) -> Callable[[], dict[str, Any]]:
+    """Of the default weights. Its first call of a run also measures what training has to beat."""
 
-    def evaluate() -> dict[str, float]:
-        found = features.of_strategy(strategy)
+    def evaluate() -> dict[str, Any]:
+        with applied_by_default(average, strategy) as weights:
+            found = weights | features.of_strategy(strategy)
         if strategy.optimizer_steps() > 0:
             return found
         return found | {"knn_top1_untrained": found["knn_top1"], "knn_top1_pixels": features.knn_of_pixels()}
@@ -87,14 +93,14 @@ def features_evaluation(features: FeatureEvaluation, strategy: Strategy) -> Call
 
 def classifier_evaluation(
     accuracy: Accuracy, strategy: Strategy, average: MovingAverage | None
-) -> Callable[[], dict[str, float]]:
-    """Of the averaged weights, which are what fine-tuning is for, and beside them of the weights as trained."""
+) -> Callable[[], dict[str, Any]]:
+    """Of the default weights, and where they are the average beside them of the weights as trained."""
 
-    def evaluate() -> dict[str, float]:
-        raw = accuracy.of_strategy(strategy)
-        if average is None:
-            return raw
-        with average.applied(strategy):
-            return accuracy.of_strategy(strategy) | {f"{name}_raw": value for name, value in raw.items()}
+    def evaluate() -> dict[str, Any]:
+        with applied_by_default(average, strategy) as weights:
+            found = weights | accuracy.of_strategy(strategy)
+        if found["weights"] == "raw":
+            return found
+        return found | {f"{name}_raw": value for name, value in accuracy.of_strategy(strategy).items()}
 
     return evaluate

@@ -181,16 +181,21 @@ class Checkpointer:
         return found[-1] if found else None
 
     def best(self) -> dict[str, Any] | None:
-        """{"step", "metric", "value"} of the best checkpoint so far, also that of the job before; None without one."""
+        """{"step", "metric", "value"} of the best checkpoint so far, also that of the job before, and "weights", those
+        that were evaluated, where they were named; None without one."""
         return _read_best(self.folder)
 
-    def mark_best(self, step: int, metric: str, value: float, *, if_better: bool = False) -> None:
+    def mark_best(
+        self, step: int, metric: str, value: float, *, weights: str | None = None, if_better: bool = False
+    ) -> None:
         """Keeps the checkpoint of `step`, saved or being saved, until another is marked, and points `best` at it.
         Collective; returns at once, and fails as a save does.
 
+        weights: that the value is of, "raw" or "ema"
         if_better: only where `value` is above the present best's, of the same metric
         """
-        self._pending.append(self._thread.submit(self._mark_best, step, metric, value, if_better))
+        best = {"step": step, "metric": metric, "value": value} | ({"weights": weights} if weights else {})
+        self._pending.append(self._thread.submit(self._mark_best, best, if_better))
 
     def go_back(self, step: int) -> None:
         """Leaves the history after `step`: checkpoints of later steps are removed, or set aside where they are to be
@@ -343,7 +348,8 @@ class Checkpointer:
         fault_point("retention-hidden")
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def _mark_best(self, step: int, metric: str, value: float, if_better: bool) -> None:
+    def _mark_best(self, found: dict[str, Any], if_better: bool) -> None:
+        step, metric, value = found["step"], found["metric"], found["value"]
         path = self.folder / f"step_{step:08d}"
 
         def mark() -> None:
@@ -354,7 +360,7 @@ class Checkpointer:
                 _warn(f"{metric}={value:g} is the best so far, but there is no checkpoint {path.name} to keep")
                 return
             temporary = self.folder / f"{_HIDDEN}best.json"
-            temporary.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+            temporary.write_text(json.dumps(found) + "\n")
             temporary.replace(self.folder / "best.json")
             _point("best", path)
 

@@ -12,7 +12,11 @@ from nepa_scale.sharding import Shard, Strategy
 
 
 class MovingAverage:
-    """Averages each rank's own fp32 masters, next to them and under the name "ema" in their `Shard`s."""
+    """Averages each rank's own fp32 masters, next to them and under the name "ema" in their `Shard`s.
+
+    A young average is for a large part what it began with. That share is the product of the decays of its updates; it
+    is kept beside the average, on the device.
+    """
 
     def __init__(self, shards: list[Shard]) -> None:
         for shard in shards:
@@ -20,11 +24,22 @@ class MovingAverage:
         held = [shard for shard in shards if shard.stop > shard.start]
         self._averages = [shard.tensors["ema"] for shard in held]
         self._masters = [shard.tensors["master"] for shard in held]
+        self._share_before = 1.0
+        self._decayed: Tensor | None = None  # since then; float64 []
 
     @torch.no_grad()
     def restart(self) -> None:
         """Sets the average to the present weights."""
         torch._foreach_copy_(self._averages, self._masters)
+        self.set_initial_share(1.0)
+
+    def initial_share(self) -> float:
+        """The share, 0..1, that the weights with which the average began have in it. Waits for the device."""
+        return self._share_before if self._decayed is None else self._share_before * self._decayed.item()
+
+    def set_initial_share(self, share: float) -> None:
+        """For an average that was read from a checkpoint."""
+        self._share_before, self._decayed = share, None
 
     @torch.no_grad()
     def update(self, refused: Tensor, decay: float) -> None:
@@ -33,6 +48,8 @@ class MovingAverage:
         refused: bool [], on the device: to leave out an update needs no wait for it
         """
         weight = torch.where(refused, 0.0, 1.0 - decay)
+        kept = torch.full_like(refused, decay, dtype=torch.float64).masked_fill(refused, 1.0)
+        self._decayed = kept if self._decayed is None else self._decayed * kept
         for average, master in zip(self._averages, self._masters, strict=True):
             average.lerp_(master, weight.to(average.device))
 

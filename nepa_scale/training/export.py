@@ -17,14 +17,16 @@ from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.objectives.pretext import PRETRAINING_ONLY, encoding
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.training.checkpoint import load_shards, locate_checkpoint, read_meta
-from nepa_scale.training.checkpoint_format import Index, read_index
+from nepa_scale.training.checkpoint_format import Index
 from nepa_scale.training.part_files import BLOCK_BYTES, FLOAT_BYTES, Corrupt, PartReader, safetensors_header
-
-KINDS = {"raw": "master", "ema": "ema"}  # what a person asks for -> what a checkpoint calls it
+from nepa_scale.training.weights import choose_weights, index_of
 
 
 def export_safetensors(
-    checkpoint: str | Path, output: Path, weights: str = "raw", progress: Callable[[int, int], None] | None = None
+    checkpoint: str | Path,
+    output: Path,
+    weights: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the whole weights as one safetensors file: float32, by parameter name, metadata "weights" and "step".
 
@@ -32,15 +34,14 @@ def export_safetensors(
     memory of one block (4 MiB), however large the model.
 
     checkpoint: a step_N folder, or a run folder whose newest is meant
-    weights: "raw" or "ema"
+    weights: "raw" or "ema"; None: by the default rule, see `weights`
     progress: told the bytes done and those in all
     Returns what was written: checkpoint, step, weights, parameters, bytes, output.
     Raises:
         ConfigError: no checkpoint, no such weights in it, damage, or an output that cannot be written.
     """
     folder = locate_checkpoint(checkpoint)
-    meta, index = read_meta(folder), _read_index(folder)
-    kind = _require_kind(index, weights, folder)
+    chosen, index = choose_weights(folder, weights), index_of(folder)
     total = FLOAT_BYTES * sum(math.prod(shape) for shape in index.shapes.values())
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: give the name of a file, such as {output / 'model.safetensors'}")
@@ -49,10 +50,12 @@ def export_safetensors(
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb", buffering=0) as file:
-                header, places = _plan(index, {"format": "pt", "weights": weights, "step": str(meta["step"])})
+                header, places = _plan(index, {"format": "pt", "weights": chosen.weights, "step": str(chosen.step)})
                 os.truncate(temporary, len(header) + total)
                 file.write(header)
-                _copy(folder, index, kind, file.fileno(), places, lambda done: progress and progress(done, total))
+                _copy(
+                    folder, index, chosen.kind, file.fileno(), places, lambda done: progress and progress(done, total)
+                )
                 os.fsync(file.fileno())
             temporary.replace(output)
         finally:
@@ -63,15 +66,15 @@ def export_safetensors(
         raise ConfigError(f"cannot write {output}: {error.strerror}") from error
     return {
         "checkpoint": str(folder),
-        "step": meta["step"],
-        "weights": weights,
+        "step": chosen.step,
+        "weights": chosen.weights,
         "parameters": total // FLOAT_BYTES,
         "bytes": len(header) + total,
         "output": str(output),
     }
 
 
-def load_task(checkpoint: str | Path, weights: str = "raw") -> NextEmbedding | Classifier:
+def load_task(checkpoint: str | Path, weights: str | None = None) -> NextEmbedding | Classifier:
     """The module that a checkpoint was trained as, with its weights, float32, on the host, in eval mode.
 
     Of a pretraining with mae or jepa it is the backbone alone, as `NextEmbedding` with bidirectional attention: what
@@ -83,8 +86,7 @@ def load_task(checkpoint: str | Path, weights: str = "raw") -> NextEmbedding | C
     """
     folder = locate_checkpoint(checkpoint)
     config = config_from_dict(read_meta(folder)["config"], str(folder))
-    index = _read_index(folder)
-    kind = _require_kind(index, weights, folder)
+    index, kind = index_of(folder), choose_weights(folder, weights).kind
     with torch.device("meta"):
         if config.task == "finetune":
             finetune, backbone = config.finetune, CausalViT(resolve_architecture(config.model))
@@ -109,20 +111,6 @@ def load_task(checkpoint: str | Path, weights: str = "raw") -> NextEmbedding | C
 
 def _whole(name: str, parameter: Tensor, kind: str) -> Shard:
     return Shard(name, tuple(parameter.shape), 0, parameter.numel(), {kind: parameter.detach().view(-1)})
-
-
-def _read_index(folder: Path) -> Index:
-    try:
-        return read_index(folder)
-    except Corrupt as error:
-        raise ConfigError(f"no usable checkpoint: {error}") from error
-
-
-def _require_kind(index: Index, weights: str, folder: Path) -> str:
-    kind = KINDS[weights]
-    if not all(kind in kinds for kinds in index.ranges.values()):
-        raise ConfigError(f"{folder} holds no moving average (ema.decay was 0): export --weights raw")
-    return kind
 
 
 def _plan(index: Index, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

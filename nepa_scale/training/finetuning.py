@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nepa_scale.config import Config, ConfigError
@@ -74,7 +75,9 @@ class Finetuning:
                 shard.tensors["master"].zero_()
         finetune = self.config.finetune
         if finetune.weights is not None:
-            load_backbone(finetune.weights, shards, self.config.model, average=finetune.average)
+            origin = load_backbone(finetune.weights, shards, self.config.model, average=finetune.average)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                print(f"starts from {origin}", flush=True)
 
     def groups(self, names: Sequence[str]) -> list[ParameterGroup]:
         finetune, optimizer, peak = self.config.finetune, self.config.optimizer, peak_learning_rate(self.config)

@@ -30,6 +30,7 @@ from nepa_scale.training.teacher import Teacher
 from nepa_scale.training.tracking import Tracker
 from nepa_scale.training.update_guard import UpdateGuard
 from nepa_scale.training.watchdog import Watchdog
+from nepa_scale.training.weights import SHARE
 
 
 class Task(Protocol):
@@ -85,7 +86,7 @@ class Run:
     watchdog: Watchdog
     agreement: Agreement
     trackers: list[Tracker]
-    evaluate: Callable[[], dict[str, float]] | None  # collective; raises Stopped
+    evaluate: Callable[[], dict[str, Any]] | None  # collective; raises Stopped; names the weights that it was of
     dataset_samples: int
     start_number: int = 0  # of this start in RUN/starts.jsonl; on the main rank only
 
@@ -199,6 +200,7 @@ def save(run: Run, position: Position) -> None:
         "optimizer_steps": run.strategy.optimizer_steps(),
         "samples_seen": position.step * run.plan.global_batch_size,
         "recent_norms": run.guard.state(),
+        SHARE: run.average.initial_share() if run.average is not None else None,
         "dataset_samples": run.dataset_samples,
         "strategy": run.strategy.name,
         "world_size": run.world.size,
@@ -216,7 +218,16 @@ def mark_best(run: Run, logs: Logs, step: int) -> None:
         metric = run.task.quality
     if metric is None or logs.evaluated[0] != step or metric not in logs.evaluated[1]:
         return
-    run.checkpointer.mark_best(step, metric, logs.evaluated[1][metric], if_better=True)
+    found = logs.evaluated[1]
+    run.checkpointer.mark_best(step, metric, found[metric], weights=found["weights"], if_better=True)
+
+
+def describe_evaluation(step: int, found: dict[str, Any]) -> str:
+    """An evaluation in a line: of which weights, and why not of the average where there is one."""
+    share, weights = found.get(SHARE), found["weights"]
+    young = f"; the moving average is {share:.0%} initial weights" if share is not None and weights == "raw" else ""
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name not in ("weights", SHARE))
+    return f"step {step} ({weights} weights{young}): {numbers}"
 
 
 class Logs:
@@ -231,17 +242,17 @@ class Logs:
         self._trackers = run.trackers
         self.progress = TerminalProgress(start, run.schedule.total, enabled=main)
         self.skips = SkipLog(run.config.train.max_skipped, self._skipped)
-        self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, what it found
+        self.evaluated: tuple[int, dict[str, Any]] = (-1, {})  # the last evaluation: its step, what it found
 
     def add_row(self, row: dict[str, Any]) -> None:
         self._record(row)
         self.progress.update(row)
 
-    def add_evaluation(self, step: int, found: dict[str, float], seconds: float) -> None:
+    def add_evaluation(self, step: int, found: dict[str, Any], seconds: float) -> None:
         self.evaluated = (step, found)
         self._record({"step": step} | found | {"evaluation_seconds": seconds})
         if step > 0:
-            self.progress.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            self.progress.say(describe_evaluation(step, found))
 
     def add_samples(self, step: int, keys: list[str]) -> None:
         if self._samples is not None:

@@ -13,6 +13,7 @@ from nepa_scale.models import Architecture, initial_values, resolve_architecture
 from nepa_scale.sharding import Shard
 from nepa_scale.training.checkpoint import load_shards, locate_checkpoint, read_meta
 from nepa_scale.training.checkpoint_format import read_index
+from nepa_scale.training.weights import choose_weights
 
 PREFIX = "backbone."
 # what may differ between pretraining and fine-tuning, as it belongs to no weight
@@ -27,14 +28,17 @@ def initialize_shards(shards: list[Shard], architecture: Architecture, seed: int
             shard.tensors["master"].copy_(values[shard.start : shard.stop])
 
 
-def load_backbone(source: str, shards: list[Shard], model: ModelConfig, *, average: bool) -> None:
+def load_backbone(source: str, shards: list[Shard], model: ModelConfig, *, average: bool | None) -> str:
     """Fills the masters of all parameters named `backbone.*`; the others stay as they are. Collective.
 
+    Returns where they are from, and which weights they were, for people.
+
     source: a checkpoint or run folder of pretraining, or a folder in the official layout
-    average: take the moving average of the weights, where the checkpoint has one
+    average: take the moving average of a checkpoint's weights, or those as trained; None: by default (`weights`)
     Raises:
-        ConfigError: nothing usable is there, or its architecture is another; the first difference is named. QK-norm
-            without weights may become one with weights, which starts as the same function; nothing else is filled in.
+        ConfigError: nothing usable is there, or no average that is asked for, or its architecture is another; the first
+            difference is named. QK-norm without weights may become one with weights, which starts as the same function;
+            nothing else is filled in.
     """
     mine = [shard for shard in shards if shard.name.startswith(PREFIX)]
     wanted = resolve_architecture(model)
@@ -45,17 +49,19 @@ def load_backbone(source: str, shards: list[Shard], model: ModelConfig, *, avera
         for shard in mine:
             if shard.name in weights and shard.stop > shard.start:
                 shard.tensors["master"].copy_(weights[shard.name].detach().flatten()[shard.start : shard.stop])
-        return
+        return f"{source} (official weights)"
     folder = locate_checkpoint(source)
     saved = config_from_dict(read_meta(folder)["config"], str(folder))
     _require_same(resolve_architecture(saved.model), wanted, str(folder))
-    kind = "ema" if average else "master"
+    chosen = choose_weights(folder, None if average is None else "ema" if average else "raw")
+    kind = chosen.kind
     held = read_index(folder).shapes
     read = [_reading(shard, kind) for shard in mine if shard.name in held]
     passed_over = [
         Shard(name, shape, 0, 0, {kind: torch.empty(0)}) for name, shape in held.items() if not _of_backbone(name)
     ]
     load_shards(folder, [*read, *passed_over])
+    return f"{folder} ({chosen})" + (f": {chosen.note}" if chosen.note else "")
 
 
 def _reading(shard: Shard, kind: str) -> Shard:

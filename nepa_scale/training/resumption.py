@@ -20,6 +20,7 @@ from nepa_scale.training.loop import Position, Run
 from nepa_scale.training.run_folder import forget_after, require_same_run
 from nepa_scale.training.run_record import RunRecord, append_start, changes_between
 from nepa_scale.training.skips import SKIPPED_STEPS, TooManySkipped
+from nepa_scale.training.weights import initial_share
 
 REWINDS = 3  # to one and the same checkpoint, after which skipping still more of the data is no cure
 
@@ -106,6 +107,9 @@ def load(job: Run, path: Path) -> Position:
     job.strategy.set_optimizer_steps(meta["optimizer_steps"])
     job.strategy.refresh()
     job.guard.load(meta.get("recent_norms", []))
+    if job.average is not None:
+        averaged = config_from_dict(meta["config"], str(path)).ema.decay > 0  # else it starts from the weights, now
+        job.average.set_initial_share(initial_share(meta) if averaged else 1.0)
     forget(job, meta["step"])
     return Position(meta["step"], meta.get("passed_over", 0), meta.get("evaluate", False))
 

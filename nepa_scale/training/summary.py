@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nepa_scale.sharding import ParameterGroup
 from nepa_scale.training.loop import Run
@@ -41,6 +42,11 @@ def rates_table(schedule: Schedule, groups: Sequence[ParameterGroup]) -> str:
     return "\n".join(lines)
 
 
+def _when(row: dict[str, Any]) -> str:
+    """Of which step and which weights an evaluation is; rows once named no weights."""
+    return f"step {row['step']}" + (f", {row['weights']} weights" if "weights" in row else "")
+
+
 def print_summary(folder: Path) -> None:
     """The result of a finished run: last loss, kNN accuracy against its baselines, and where the curves are."""
     from nepa_scale.training.curves import plot_curves  # imports matplotlib, which takes a second
@@ -54,12 +60,12 @@ def print_summary(folder: Path) -> None:
         print(f"  loss                          {losses[-1]['loss']:.4f}  (step {losses[-1]['step']})")
     if scores:
         first, last = scores[0], scores[-1]
-        print(f"  kNN top-1, trained            {last['knn_top1']:.1%}")
+        print(f"  kNN top-1, trained            {last['knn_top1']:.1%}  ({_when(last)})")
         for key, label in (("knn_top1_untrained", "untrained network"), ("knn_top1_pixels", "raw pixels")):
             if key in first:
                 margin = 100 * (last["knn_top1"] - first[key])
                 print(f"  kNN top-1, {label:<18} {first[key]:.1%}  (trained {margin:+.1f} points)")
     if accuracies:
         last = accuracies[-1]
-        print(f"  top-1, top-5                  {last['top1']:.1%}, {last['top5']:.1%}  (step {last['step']})")
+        print(f"  top-1, top-5                  {last['top1']:.1%}, {last['top5']:.1%}  ({_when(last)})")
     print(f"  curves                        {plot_curves(folder)}", flush=True)

@@ -291,11 +291,11 @@ def test_run_folders_of_several_objectives(program: Program, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr[-2000:]
     status, out, err = program("similarity", tmp_path / "next", shards, "--limit", 8)
     assert status == 0, err
-    assert "(ema weights), causal" in out
+    assert "step 6 (raw weights), causal" in out
     for name, why in {"same": "predicts each patch's own embedding", "mae": "was trained by mae"}.items():
         status, _, err = program("similarity", tmp_path / name, shards)
         assert status == 2
         assert why in err
     status, out, err = program("attention", tmp_path / "mae", shards, "--limit", 8)
     assert status == 0, err
-    assert "(ema weights), bidirectional" in out
+    assert "step 6 (raw weights), bidirectional" in out

@@ -87,7 +87,11 @@ def test_safetensors_hold_every_parameter_by_name(weights: str, kind: str, run: 
 
 @pytest.mark.parametrize("layout", ["official", pytest.param("timm", marks=pytest.mark.slow)])
 def test_a_model_card_says_what_the_weights_are(layout: str, run: Path, tmp_path: Path) -> None:
-    rows = [{"step": 0, "knn_top1": 0.25}, {"step": 7, "knn_top1": 0.5}, {"step": 9, "knn_top1": 0.75}]
+    rows = [
+        {"step": 0, "weights": "raw", "knn_top1": 0.25, "knn_top1_pixels": 0.125},
+        {"step": 7, "weights": "raw", "knn_top1": 0.5},
+        {"step": 9, "weights": "ema", "knn_top1": 0.75},
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
         done = export(run, "--to", layout, tmp_path / "weights", "--weights", "ema")
@@ -99,7 +103,10 @@ def test_a_model_card_says_what_the_weights_are(layout: str, run: Path, tmp_path
     assert facts["pipeline_tag"] == "image-feature-extraction"
     assert facts.get("library_name") == ("timm" if layout == "timm" else None)
     assert "| 56 (1.4 epochs), 7 steps of 4,096 |" in card
-    assert "20 neighbours | 50.0% (step 7) |" in card  # of this checkpoint, not what the run reached later
+    assert "20 neighbours | 50.0% (step 7, raw weights) |" in card  # of this checkpoint, not what the run reached later
+    assert "raw pixels | 12.5% (step 0) |" in card
+    assert "| weights | ema: moving average, decay 0.9999 |" in card
+    assert "The ema weights, which these are, have not been evaluated in training." in card
     assert f"{sum(shard.stop for shard in state_of_test()):,}" in card
     saved = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert saved == to_dict(config_of_test())
@@ -142,7 +149,7 @@ def test_what_cannot_be_exported_is_one_clear_line(run: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="is a folder: give the name of a file"):
         export_safetensors(run, tmp_path)
     plain = save_one(tmp_path / "plain", whole_state(1, {"a": (3,)}, ("master",)), {"task": "finetune"})
-    with pytest.raises(ConfigError, match=r"holds no moving average .*: export --weights raw"):
+    with pytest.raises(ConfigError, match=r"holds no moving average .*: give --weights raw"):
         export_safetensors(plain, tmp_path / "x.safetensors", "ema")
 
 
