@@ -9,6 +9,7 @@ import numpy as np
 
 from nepa_scale.config import ConfigError, nearest
 from nepa_scale.scaling.recorded_runs import RecordedRun, is_number
+from nepa_scale.training.weights import weights_of
 
 _END = 0.1  # of a run, over which what a few steps' images said is averaged
 
@@ -47,6 +48,11 @@ class Metric:
         if not self.noisy:
             return float(logged[-1][1])
         return float(np.mean([value for step, value in logged if step >= (1 - _END) * logged[-1][0]]))
+
+    def weights(self, run: RecordedRun) -> str | None:
+        """Of which weights the run's last value is, "raw" or "ema"; None where it has none, or training logs it."""
+        rows = [] if self.noisy else [row for row in run.rows if is_number(row.get(self.key))]
+        return weights_of(rows[-1], run.config) if rows else None
 
 
 METRICS = (

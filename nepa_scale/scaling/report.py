@@ -197,6 +197,7 @@ def _run_facts(run: RecordedRun) -> dict[str, Any]:
         "flops_seen": run.last("flops_seen"),
         "peak_memory_bytes": max(memory) if memory else None,
         "final": {metric.name: value for metric in logged_metrics([run]) if (value := metric.final(run)) is not None},
+        "weights": {metric.name: of for metric in logged_metrics([run]) if (of := metric.weights(run)) is not None},
         "skipped_steps": run.skipped_steps,
         "bad_samples": run.bad_samples,
         "provenance": run.provenance,

@@ -29,7 +29,9 @@ def run_table(runs: Sequence[RecordedRun], metrics: Sequence[Metric], collapsed:
         ]
         for metric in metrics:
             shown = metric.final(run)
-            row.append(_number(shown, ".1%" if metric.name.endswith("_error") else ".4f"))
+            of = metric.weights(run)
+            value_format = ".1%" if metric.name.endswith("_error") else ".4f"
+            row.append(_number(shown, value_format, f"{of} weights" if of else ""))
         body.append([*row, _number(run.last("effective_rank"), ".1f")])
     return Table(head, body)
 
@@ -154,5 +156,5 @@ def _numbers(*names: str) -> list[Cell]:
     return [Cell(name, "number") for name in names]
 
 
-def _number(value: float | None, number_format: str) -> Cell:
-    return Cell("–" if value is None else f"{value:{number_format}}", "number")
+def _number(value: float | None, number_format: str, below: str = "") -> Cell:
+    return Cell("–" if value is None else f"{value:{number_format}}", "number", below)

@@ -60,7 +60,8 @@ def write_run(
             }
         )  # fmt: skip
         if knn:
-            rows.append({"step": step, "knn_top1": 1 - (0.3 + 20 / n**0.4 + 3 / samples**0.3)})
+            weights = "ema" if 2 * step > steps else "raw"  # as a run's average grows old
+            rows.append({"step": step, "weights": weights, "knn_top1": 1 - (0.3 + 20 / n**0.4 + 3 / samples**0.3)})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -101,11 +101,15 @@ def test_every_run_is_shown_as_what_it_is(written: Written) -> None:
     assert written.run("under_way")["share"] == pytest.approx(0.3)
     assert written.run("killed")["said"] == "rank 1 failed in computing step 41: ValueError: <b>bad</b>"
     assert written.run("refused")["said"] == "error: data.train=/nowhere holds no shards"
+    assert written.run("w32-3e+11")["weights"] == {"knn_error": "ema"}
+    assert written.run("under_way")["weights"] == {"knn_error": "raw"}
+    assert written.run("collapsed")["weights"] == {}
     assert written.run("collapsed")["collapsed"]
     assert written.run("w32-3e+11")["collapsed"] is None
     cells = Reader(written.html).said("th", "td")
     for expected in (*status, "unfinished, 30% of its steps", "finished, collapsed", "holds no shards", "<b>bad</b>"):
         assert expected in cells
+    assert '<span class="interval">ema weights</span>' in written.html
 
 
 def test_laws_are_fitted_to_the_sound_runs(written: Written) -> None:
