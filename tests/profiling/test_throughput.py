@@ -7,12 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nepa_scale.config import load_config
+from nepa_scale.models import resolve_architecture
 from nepa_scale.profiling import count_flops
-from nepa_scale.profiling.throughput import PHASES, measured_product_rate
+from nepa_scale.profiling import throughput as throughput_module
+from nepa_scale.profiling.throughput import PHASES, Spread, measured_product_rate
+from nepa_scale.sharding import World
+from nepa_scale.training.batching import BatchPlan
 from tests.launch import REPOSITORY, write_shards
 
 TINY = [
@@ -77,5 +83,32 @@ def test_mistakes_are_one_line() -> None:
         assert message in done.stderr.splitlines()[-1]
 
 
-def test_a_product_is_timed() -> None:
-    assert measured_product_rate(torch.device("cpu"), "fp32", width=256) > 1e8
+def test_a_products_rate_is_that_of_the_best_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on only while products are computed: 0.5 s, 0.25 s, then 1 s each."""
+    durations = iter([0.5, 0.25, *[1.0] * 20])
+    now = [100.0]
+    product = torch.Tensor.__matmul__
+
+    def timed(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        now[0] += next(durations)
+        return product(one, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: now[0])
+    assert measured_product_rate(torch.device("cpu"), "fp32", width=64) == pytest.approx(2 * 64**3 / 0.25)
+
+
+def test_rates_follow_from_the_seconds_of_the_steps() -> None:
+    """Steps of 1, 2 and 4 seconds of a batch of 8, on two devices of 1 TFLOP/s."""
+    config = load_config(None, [word for word in TINY if "micro" not in word])
+    architecture, two = resolve_architecture(config.model), World(0, 2, 0, torch.device("cpu"))
+    runner = SimpleNamespace(
+        task=SimpleNamespace(architecture=architecture), strategy=SimpleNamespace(name="fsdp"), plan=BatchPlan(8, 2, 2)
+    )
+    found = throughput_module._summary(config, runner, two, [1.0, 4.0, 2.0], {}, 7, 1e12, "data sheet")  # type: ignore[arg-type]
+    flops = count_flops(width=48, depth=2, heads=3, patch_size=8, image_size=32).train_flops_per_image
+    assert found.images_per_second == Spread(2.0, 4.0, 8.0)
+    assert found.step_seconds == Spread(1.0, 2.0, 4.0)
+    assert found.tokens_per_second == 4.0 * 17
+    assert found.mfu == pytest.approx(4.0 * flops / 2e12)
+    assert (found.world_size, found.micro_batch, found.accumulation, found.steps) == (2, 2, 2, 3)
