@@ -55,7 +55,7 @@ class WandbTracker:
 
     def close(self) -> None:
         if self._run is not None:
-            self._attempt(self._finish)
+            self._attempt(self._leave)
 
     def _open(self, step: int) -> None:
         import wandb
@@ -95,6 +95,12 @@ class WandbTracker:
         run, self._run = self._run, None
         if run is not None:
             run.finish()
+
+    def _leave(self) -> None:
+        import wandb
+
+        self._finish()
+        wandb.teardown()  # waits for its writer, a process of its own: this one may end without further ado
 
     def _attempt(self, act: Callable[[], Any]) -> None:
         """Whatever a tracker does, training goes on."""
