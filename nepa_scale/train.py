@@ -197,6 +197,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
             trackers=make_trackers(config, world),
             evaluate=make_evaluation(task, shards, val, passes, strategy, average),
             dataset_samples=len(shards),
+            class_names=shards.class_names if config.task == "finetune" else None,
         )
 
         def open_stream(position: Position) -> TrainStream:

@@ -10,7 +10,12 @@ whatever strategy and number of ranks wrote it; one process on a CPU is enough.
   --to timm          OUTPUT is a folder for timm: `import nepa_scale.interop.timm`, then
                      timm.create_model("local-dir:OUTPUT"). Takes the memory of the whole model
 
-Beside the weights of the last two lies README.md, a model card: configuration, data, measured quality, FLOPs.
+  --to hf            the same as official, which is what Hugging Face's from_pretrained reads
+
+The last two carry how the run prepares images in evaluation (for timm in config.json, else in
+preprocessor_config.json) and, of a classifier, the names of its classes; a safetensors file has the names in its
+metadata. Beside the weights lie README.md, a model card with configuration, data, measured quality and FLOPs, and
+export.json, which names the run. An output that holds anything but an export of the same run is left as it is.
 
 examples:
   python tools/export.py runs/demo --to safetensors demo.safetensors
@@ -28,19 +33,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from nepa_scale.config import EXIT_USAGE, ConfigError
+from nepa_scale.config import EXIT_USAGE, ConfigError, config_from_dict
 from nepa_scale.evaluation.model_card import write_model_card
 from nepa_scale.interop import save_official
-from nepa_scale.training.checkpoint import locate_checkpoint
+from nepa_scale.interop.preprocessing import Preprocessing
+from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import export_safetensors, load_task
+from nepa_scale.training.exported import class_names, require_own_folder, run_of, write_origin
 from nepa_scale.training.weights import KINDS, WEIGHTS_HELP, choose_weights
+
+LAYOUTS = ("safetensors", "official", "timm", "hf")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint, or a run folder")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a file (safetensors) or a folder")
-    parser.add_argument("--to", required=True, choices=["safetensors", "official", "timm"], help="the layout of OUTPUT")
+    parser.add_argument("--to", required=True, choices=[*LAYOUTS], help="the layout of OUTPUT")
     parser.add_argument("--weights", choices=list(KINDS), help=WEIGHTS_HELP)
     parser.add_argument("--json", metavar="FILE", help="also write what was done as one JSON object; - for stdout")
     arguments = parser.parse_args()
@@ -74,14 +83,23 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
                 chosen.weights,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )
+    layout = "official" if arguments.to == "hf" else arguments.to
+    if layout != arguments.to:
+        print("--to hf writes --to official, which Hugging Face's from_pretrained reads", file=sys.stderr)
+    run = run_of(checkpoint)
+    require_own_folder(arguments.output, run, layout)
+    preprocessing = Preprocessing.of(config_from_dict(read_meta(checkpoint)["config"], str(checkpoint)))
+    names = class_names(checkpoint)
     model = load_task(checkpoint, chosen.weights)
-    if arguments.to == "timm":
+    if layout == "timm":
         from nepa_scale.interop.timm import save_timm  # imports timm, which takes seconds
 
-        save_timm(model, arguments.output)
+        save_timm(model, arguments.output, preprocessing, names)
     else:
-        save_official(model, arguments.output)
-    write_model_card(arguments.output, checkpoint, model, layout=arguments.to, weights=chosen.weights)
+        save_official(model, arguments.output, preprocessing, names)
+    write_model_card(arguments.output, checkpoint, model, layout=layout, weights=chosen.weights)
+    origin = {"run": run, "checkpoint": checkpoint.name, "step": chosen.step, "weights": chosen.weights, "to": layout}
+    write_origin(arguments.output, origin)
     return {
         "checkpoint": str(checkpoint),
         "step": chosen.step,

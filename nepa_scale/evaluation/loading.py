@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nepa_scale.config import Config, ConfigError, config_from_dict
-from nepa_scale.interop.official import CONFIG, load_official
+from nepa_scale.config import Config, config_from_dict
+from nepa_scale.interop.official import CONFIG, load_official, weights_by_default
 from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import load_task
@@ -20,7 +20,7 @@ class Loaded:
     path: as it was given
     task: the module in eval mode, on the host
     config: of its run; None of an official folder
-    weights: which of its run's: "raw", "ema"; or "official", the one kind that an official folder has
+    weights: "raw" or "ema"; of an official folder "official raw", or "official ema" where its trainer left an average
     step: of the checkpoint
     note: a line for people, where the default is not the average that there is
     """
@@ -41,14 +41,13 @@ class Loaded:
 def load_any(path: Path, weights: str | None) -> Loaded:
     """What lies at `path`.
 
-    weights: "raw" or "ema"; None: by the rule of `training.weights`
+    weights: "raw" or "ema"; None: by the rule of `training.weights`, and of an official folder the average, if any
     Raises:
         ConfigError: neither is there, or not with these weights.
     """
     if (path / CONFIG).is_file():
-        if weights == "ema":
-            raise ConfigError(f"{path} is an official folder, which holds one kind of weights: leave out --weights")
-        return Loaded(path, load_official(path).task, None, "official", None, "")
+        kind = weights or weights_by_default(path)
+        return Loaded(path, load_official(path, kind).task, None, f"official {kind}", None, "")
     folder = locate_checkpoint(path)
     chosen = choose_weights(folder, weights)
     config = config_from_dict(read_meta(folder)["config"], str(folder))

@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 
 from nepa_scale.config import Config, config_from_dict, to_dict
+from nepa_scale.interop.preprocessing import Preprocessing
 from nepa_scale.models.sizes import Architecture
 from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.profiling import forward_flops, train_flops
 from nepa_scale.training.checkpoint import read_meta
+from nepa_scale.training.exported import class_names
 from nepa_scale.training.run_folder import read_json_lines
 from nepa_scale.training.weights import weights_of
 
@@ -32,6 +34,7 @@ USE = {
         'model = timm.create_model("local-dir:" + {folder!r}, pretrained=True)'
     ),
 }
+NAMES_SHOWN = 20
 CITATION = "Sihan Xu et al.: Next-Embedding Prediction Makes Strong Vision Learners, arXiv 2512.16922 (2025)"
 
 
@@ -53,15 +56,14 @@ def write_model_card(
         f"# {run.name}\n",
         _summary(task, config),
         "## Model\n",
-        _table(_model(task, architecture)),
+        _table(_model(task, architecture) | _classes(class_names(checkpoint))),
         "## Training\n",
         _table(_training(meta, config, architecture, weights)),
         "## Quality\n",
         _quality(run, meta["step"], config, weights),
         "## Use\n",
         f"```python\n{USE[layout].format(folder=folder.name)}\n```\n",
-        f"Images are resized, cropped to {architecture.image_size[0]} x {architecture.image_size[1]} and scaled to "
-        "[-1, 1] (mean and standard deviation 0.5).\n",
+        _preparation(Preprocessing.of(config), architecture),
         "## Configuration of the run\n",
         f"```yaml\n{yaml.safe_dump(to_dict(config), sort_keys=False)}```\n",
         "## Method\n",
@@ -98,6 +100,24 @@ def _model(task: NextEmbedding | Classifier, a: Architecture) -> dict[str, str]:
         "patch": f"{a.patch_size} px: {a.tokens} tokens",
         "forward pass of an image": f"{sum(forward_flops(a).values()) / 1e9:,.2f} GFLOP",
     }
+
+
+def _classes(names: list[str] | None) -> dict[str, str]:
+    """The first of them at least; all are in the files of the weights."""
+    if not names:
+        return {}
+    more = f", ... (all {len(names):,} in config.json)" if len(names) > NAMES_SHOWN else ""
+    return {"classes, by label": ", ".join(names[:NAMES_SHOWN]) + more}
+
+
+def _preparation(preprocessing: Preprocessing, a: Architecture) -> str:
+    height, width = a.image_size
+    resized = [int(side / preprocessing.crop_share) for side in a.image_size]
+    sides = f"to {resized[0]} x {resized[1]}" if preprocessing.squash else f"to {min(resized)} on the shorter side"
+    return (
+        f"Images are resized {sides} ({preprocessing.interpolation}), cropped to {height} x {width} in the middle and "
+        "scaled to [-1, 1] (mean and standard deviation 0.5).\n"
+    )
 
 
 def _training(meta: dict[str, Any], config: Config, a: Architecture, weights: str) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""Weights in the official NEPA layout, both ways: a folder with `config.json` and `model.safetensors` (fp32).
+"""Weights in the official NEPA layout, both ways: a folder with `config.json` and `model.safetensors` (fp32), which
+large models split into shards with an index. Its trainer leaves the moving average beside them, in a pickle that is
+read as nothing but tensors. `preprocessor_config.json` says how images are prepared.
 
 The official code keeps queries, keys and values apart; here they are one projection, so three of its tensors are one
 of ours. Everything else is a renaming, spelled out once in `official_names` and once in `_RENAMED` for both directions.
@@ -8,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nepa_scale.config import ConfigError, ModelConfig, ObjectiveConfig, config_from_dict
+from nepa_scale.interop.preprocessing import Preprocessing
 from nepa_scale.models import Architecture, CausalViT, resolve_architecture
 from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+SHARDS, AVERAGE = "model.safetensors.index.json", "pytorch_model_ema.bin"
 PREFIX = "vit_nepa."
 PRETRAINING, CLASSIFICATION = "ViTNepaForPreTraining", "ViTNepaForImageClassification"
 _MASK_TOKEN = "embeddings.mask_token"  # a place of the official layout that its released weights leave empty
@@ -61,6 +67,7 @@ _DEFAULTS: dict[str, Any] = _FIXED | {  # what the official code takes for a fie
     "pos_embed_shift": None,
     "pos_embed_jitter": None,
 }
+_AVERAGE_KEYS = ("state_dict", "model", "ema", "shadow")  # under which trainers keep an average's tensors
 _SWITCHES = ("use_gated_mlp", "qk_norm", "qk_norm_affine", "qk_norm_bias", "is_causal", "add_pooling_layer")
 _DECIDED_BY = {  # part of a tensor's name -> the fields that say whether there is such a tensor
     ".q_norm.": ("qk_norm", "qk_norm_affine", "qk_norm_bias"),
@@ -74,26 +81,42 @@ _DECIDED_BY = {  # part of a tensor's name -> the fields that say whether there 
 
 
 class OfficialModel(nn.Module):
-    """A task built from an official folder, with that folder's `config.json` kept as it was.
+    """A task built from an official folder, with that folder's `config.json` kept as it was, and its
+    `preprocessor_config.json`, if it has one.
 
     The output has attributes: `loss`, `predictions` and `embeddings` [B, T, D] of a pretraining model; `logits` [B, C]
     of a classifier, and `loss` where labels are given. Keywords are those of the task's own `forward`.
     """
 
-    def __init__(self, task: NextEmbedding | Classifier, config: dict[str, Any]) -> None:
+    def __init__(
+        self, task: NextEmbedding | Classifier, config: dict[str, Any], preprocessor: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.task = task
         self.config = config
+        self.preprocessor = preprocessor
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """By label; None of a pretraining model, and where `id2label` only numbers them."""
+        labels = self.config.get("id2label")
+        if not isinstance(self.task, Classifier) or not isinstance(labels, dict):
+            return None
+        names = [str(labels.get(str(index), "")) for index in range(len(labels))]
+        return None if names == _numbered(len(names)) or not all(names) else names
 
     def forward(self, images: Tensor, **inputs: Tensor | None) -> SimpleNamespace:
         """images: normalised, float32 [B, 3, h, w]."""
         return SimpleNamespace(**self.task(images, **inputs))
 
 
-def load_official(folder: str | Path) -> OfficialModel:
+def load_official(folder: str | Path, weights: str | None = None) -> OfficialModel:
     """The pretraining model or classifier in an official folder, fp32, on the host, in eval mode.
 
     Dropout and the shift and jitter of positions, which the official code applies in training only, are not built.
+
+    weights: "raw": `model.safetensors`, which the official code reads; "ema": the average that its trainer left beside
+        it; None: the first, with a warning where there is the second
 
     Raises:
         ConfigError: a file is missing or unreadable, `config.json` asks for what this backbone does not do, or it and
@@ -101,21 +124,43 @@ def load_official(folder: str | Path) -> OfficialModel:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    tensors = _read_weights(folder)
+    if weights is None and has_average(folder):
+        warnings.warn(
+            f"{folder} also holds a moving average ({AVERAGE}), which is left out: weights='ema' takes it", stacklevel=2
+        )
+    tensors = _read_average(folder) if weights == "ema" else _read_weights(folder)
     try:
         task = _build_task(config, tensors)
         _fill(task, tensors, config)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from error
-    return OfficialModel(task, config).eval()
+    preprocessor = _read_object(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else None
+    return OfficialModel(task, config, preprocessor).eval()
 
 
-def save_official(module: OfficialModel | NextEmbedding | Classifier | CausalViT, folder: str | Path) -> None:
+def has_average(folder: Path) -> bool:
+    """Whether the official trainer left its moving average in the folder."""
+    return (folder / AVERAGE).is_file()
+
+
+def weights_by_default(folder: Path) -> str:
+    """Which weights this project's programs take where they are not told: the average, where there is one."""
+    return "ema" if has_average(folder) else "raw"
+
+
+def save_official(
+    module: OfficialModel | NextEmbedding | Classifier | CausalViT,
+    folder: str | Path,
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Writes `module`, whole and unsharded, as an official folder that its `from_pretrained` and `load_official` read.
 
-    What `load_official` gave is written back bit for bit, with the fields of its `config.json`; a bare backbone is
-    written as a pretraining model. Files of the same name are replaced.
+    What `load_official` gave is written back bit for bit, with the fields of its `config.json` and its
+    `preprocessor_config.json`; a bare backbone is written as a pretraining model. Files of the same name are replaced.
 
+    preprocessing: written as `preprocessor_config.json`
+    class_names: of a classifier, in the order of the labels; None: LABEL_0, ...
     Raises:
         ConfigError: the layout has no place for this module, or the folder cannot be written.
     """
@@ -123,9 +168,11 @@ def save_official(module: OfficialModel | NextEmbedding | Classifier | CausalViT
     task = module.task if isinstance(module, OfficialModel) else module
     if isinstance(task, CausalViT):
         task = NextEmbedding(task, ObjectiveConfig())
-    config = official_config(task)
+    config = official_config(task, class_names)
+    preprocessor = preprocessing.for_hugging_face(task.backbone.architecture.image_size) if preprocessing else None
     if isinstance(module, OfficialModel):
         config |= module.config
+        preprocessor = preprocessor or module.preprocessor
     config |= {field: "float32" for field in ("dtype", "torch_dtype") if field in config}
     part = folder / f".{WEIGHTS}.part"
     try:
@@ -133,6 +180,8 @@ def save_official(module: OfficialModel | NextEmbedding | Classifier | CausalViT
         save_file(_official_tensors(task), part, metadata={"format": "pt"})
         os.replace(part, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if preprocessor is not None:
+            (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot write the official weights to {folder}: {error}") from error
 
@@ -170,11 +219,12 @@ def model_config_from_official(config: dict[str, Any]) -> ModelConfig:
     return config_from_dict({"model": model}, CONFIG).model
 
 
-def official_config(task: NextEmbedding | Classifier) -> dict[str, Any]:
+def official_config(task: NextEmbedding | Classifier, class_names: Sequence[str] | None = None) -> dict[str, Any]:
     """The `config.json` that describes `task`, every field written out.
 
     Raises:
-        ConfigError: the backbone is one that the official code cannot build.
+        ConfigError: the backbone is one that the official code cannot build, or there are more or fewer names than
+            classes.
     """
     architecture = task.backbone.architecture
     height, width = architecture.image_size
@@ -200,7 +250,10 @@ def official_config(task: NextEmbedding | Classifier) -> dict[str, Any]:
             "is_causal": is_causal(task.objective),
             "add_pooling_layer": True,
         }
-    labels = [f"LABEL_{index}" for index in range(task.head.out_features)]
+    classes = task.head.out_features
+    labels = _numbered(classes) if class_names is None else list(class_names)
+    if len(labels) != classes:
+        raise ConfigError(f"there are {len(labels)} class names for {classes} classes")
     return fields | {
         "architectures": [CLASSIFICATION],
         "is_causal": task.causal,
@@ -210,27 +263,101 @@ def official_config(task: NextEmbedding | Classifier) -> dict[str, Any]:
     }
 
 
+def _numbered(classes: int) -> list[str]:
+    """The names of classes that nobody named."""
+    return [f"LABEL_{index}" for index in range(classes)]
+
+
+def timm_architecture(folder: Path) -> str | None:
+    """What timm calls the model, where the folder is in its layout and not in the official one; else None."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict) or "architecture" not in config or "model_type" in config:
+        return None
+    return str(config["architecture"])
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
+    if (architecture := timm_architecture(folder)) is not None:
+        raise ConfigError(
+            f"{folder} holds weights for timm ({architecture}), not in the official layout: timm.create_model("
+            f"'local-dir:{folder}', pretrained=True) loads them; give their run, or export it with --to official"
+        )
+    config = _read_object(path)
+    if config.get("model_type", "vit_nepa") != "vit_nepa":
+        raise ConfigError(f"{path} describes a {config['model_type']}, not a vit_nepa")
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        fields = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}; an official folder holds {CONFIG} and {WEIGHTS}"
         ) from error
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} must hold an object, but it holds a {type(config).__name__}")
-    if config.get("model_type", "vit_nepa") != "vit_nepa":
-        raise ConfigError(f"{path} describes a {config['model_type']}, not a vit_nepa")
-    return config
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must hold an object, but it holds a {type(fields).__name__}")
+    return fields
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
+    if path.is_file():
+        return _read_safetensors(path)
+    if (folder / SHARDS).is_file():
+        return _read_shards(folder)
+    raise ConfigError(f"{path} is missing, and so is {SHARDS}; weights in other formats are not read")
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """What the index lists, from the shard of which it says so."""
+    index = folder / SHARDS
+    places = _read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ConfigError(f"{index} has no weight_map")
+    files = sorted({str(file) for file in places.values()})
+    for file in files:
+        if Path(file).name != file:
+            raise ConfigError(f"{index} names {file}, which is not a file beside it")
+        if not (folder / file).is_file():
+            raise ConfigError(f"{folder / file} is missing, which {SHARDS} names")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = _read_safetensors(folder / file)
+        wanted = {name for name, place in places.items() if place == file}
+        if wanted != found.keys():
+            name = min(wanted ^ found.keys())
+            raise ConfigError(f"{folder / file} and {SHARDS} disagree about {name}")
+        tensors |= found
+    return tensors
+
+
+def _read_average(folder: Path) -> dict[str, Tensor]:
+    """Tensors by official name; the wrapper that some trainers save around them is taken off."""
+    path = folder / AVERAGE
     if not path.is_file():
-        raise ConfigError(f"{path} is missing; weights in other formats are not read")
+        raise ConfigError(f"{path} is missing: this folder has no moving average, only raw weights")
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} is not a readable file of tensors: {why}") from error
+    if isinstance(held, dict) and len(inner := [held[key] for key in _AVERAGE_KEYS if key in held]) == 1:
+        held = inner[0]
+    if not isinstance(held, dict) or not held or not all(isinstance(tensor, Tensor) for tensor in held.values()):
+        raise ConfigError(f"{path} does not hold tensors by name")
+    return {
+        str(name).removeprefix("module."): tensor.contiguous() for name, tensor in held.items() if name != "n_averaged"
+    }
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

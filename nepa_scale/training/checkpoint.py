@@ -28,6 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nepa_scale.config import ConfigError
+from nepa_scale.interop.official import CONFIG, timm_architecture
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.training.checkpoint_format import (
     INDEX,
@@ -443,7 +444,7 @@ def locate_checkpoint(path: str | Path) -> Path:
     """
     found, _ = _candidates(Path(path), str(path))
     if not found:
-        raise ConfigError(f"{path} holds no checkpoint: give a step_N folder, or a run folder that has some")
+        raise ConfigError(f"{path} {_instead(Path(path))}: give a step_N folder, or a run folder that has some")
     return found[-1]
 
 
@@ -454,9 +455,18 @@ def _candidates(place: Path, resume: str) -> tuple[list[Path], str | None]:
     found = _complete(place / "checkpoints") or _complete(place)
     if not found and resume != "auto":
         return [], (
-            f"train.resume={resume} holds no checkpoint: give a step_N folder, a run folder with checkpoints, or auto"
+            f"train.resume={resume} {_instead(place)}: give a step_N folder, a run folder with checkpoints, or auto"
         )
     return found, None
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without checkpoints holds."""
+    if timm_architecture(folder) is not None:
+        return "holds weights exported for timm, and no checkpoint"
+    if (folder / CONFIG).is_file():
+        return "holds weights in the official layout, and no checkpoint"
+    return "holds no checkpoint"
 
 
 def _complete(folder: Path) -> list[Path]:

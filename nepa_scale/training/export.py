@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from nepa_scale.objectives.pretext import PRETRAINING_ONLY, encoding
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.training.checkpoint import load_shards, locate_checkpoint, read_meta
 from nepa_scale.training.checkpoint_format import Index
+from nepa_scale.training.exported import class_names, require_own_file, run_of
 from nepa_scale.training.part_files import BLOCK_BYTES, FLOAT_BYTES, Corrupt, PartReader, safetensors_header
-from nepa_scale.training.weights import choose_weights, index_of
+from nepa_scale.training.weights import Choice, choose_weights, index_of
 
 
 def export_safetensors(
@@ -28,7 +30,8 @@ def export_safetensors(
     weights: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes the whole weights as one safetensors file: float32, by parameter name, metadata "weights" and "step".
+    """Writes the whole weights as one safetensors file: float32, by parameter name, metadata "weights", "step", "run"
+    (its folder) and, of a classifier whose classes have names, "class_names" (a JSON list, by label).
 
     Parts are read one after the other and each range goes straight to its place in the file, so that this takes the
     memory of one block (4 MiB), however large the model.
@@ -38,19 +41,21 @@ def export_safetensors(
     progress: told the bytes done and those in all
     Returns what was written: checkpoint, step, weights, parameters, bytes, output.
     Raises:
-        ConfigError: no checkpoint, no such weights in it, damage, or an output that cannot be written.
+        ConfigError: no checkpoint, no such weights in it, damage, an output that cannot be written, or one that holds
+            something else than an export of this run.
     """
     folder = locate_checkpoint(checkpoint)
     chosen, index = choose_weights(folder, weights), index_of(folder)
     total = FLOAT_BYTES * sum(math.prod(shape) for shape in index.shapes.values())
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: give the name of a file, such as {output / 'model.safetensors'}")
+    require_own_file(output, run_of(folder))
     temporary = output.with_name(f".{output.name}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb", buffering=0) as file:
-                header, places = _plan(index, {"format": "pt", "weights": chosen.weights, "step": str(chosen.step)})
+                header, places = _plan(index, _metadata(folder, chosen))
                 os.truncate(temporary, len(header) + total)
                 file.write(header)
                 _copy(
@@ -111,6 +116,12 @@ def load_task(checkpoint: str | Path, weights: str | None = None) -> NextEmbeddi
 
 def _whole(name: str, parameter: Tensor, kind: str) -> Shard:
     return Shard(name, tuple(parameter.shape), 0, parameter.numel(), {kind: parameter.detach().view(-1)})
+
+
+def _metadata(checkpoint: Path, chosen: Choice) -> dict[str, str]:
+    metadata = {"format": "pt", "weights": chosen.weights, "step": str(chosen.step), "run": run_of(checkpoint)}
+    names = class_names(checkpoint)
+    return metadata if names is None else metadata | {"class_names": json.dumps(names)}
 
 
 def _plan(index: Index, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

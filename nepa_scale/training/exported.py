@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from nepa_scale.config import ConfigError, config_from_dict
-from nepa_scale.data.description import FILE_NAME, Description
+from nepa_scale.config import ConfigError, DataConfig, config_from_dict
+from nepa_scale.data.remote import Remote, RemoteError, is_remote
+from nepa_scale.data.sources import resolve
 from nepa_scale.training.checkpoint import read_meta
 
 ORIGIN = "export.json"  # beside the weights of a folder; a safetensors file has its metadata
@@ -65,15 +66,17 @@ def write_origin(folder: Path, facts: dict[str, Any]) -> None:
 
 def class_names(checkpoint: Path) -> list[str] | None:
     """The names of a fine-tuned checkpoint's classes, by label: its own; else those of the shards that it was trained
-    on, where they are still there; None where neither names them."""
+    on, where they are still there on this machine; None where neither names them."""
     meta = read_meta(checkpoint)
     config = config_from_dict(meta["config"], str(checkpoint))
     if config.task != "finetune":
         return None
     if meta.get("class_names") is not None:
         return list(meta["class_names"])
-    try:
-        content = (Path(str(config.data.train)) / FILE_NAME).read_bytes()
-    except OSError:
+    source = str(config.data.train)
+    if any(map(is_remote, source.split("::"))):
         return None
-    return Description.from_json(content, str(config.data.train)).class_names
+    try:
+        return resolve(source, Remote.from_config(DataConfig())).class_names
+    except (ConfigError, RemoteError):
+        return None

@@ -88,6 +88,7 @@ class Run:
     trackers: list[Tracker]
     evaluate: Callable[[], dict[str, Any]] | None  # collective; raises Stopped; names the weights that it was of
     dataset_samples: int
+    class_names: list[str] | None = None  # of the labels, where a classifier is trained and they are known
     start_number: int = 0  # of this start in RUN/starts.jsonl; on the main rank only
 
 
@@ -205,6 +206,7 @@ def save(run: Run, position: Position) -> None:
         "strategy": run.strategy.name,
         "world_size": run.world.size,
         "config": to_dict(run.config),
+        "class_names": run.class_names,
         "start": run.start_number,
     }
     with run.watchdog.patient(position.step, "saving"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nepa_scale.config import ConfigError, ModelConfig, config_from_dict, flatten
-from nepa_scale.interop.official import CONFIG, load_official
+from nepa_scale.interop.official import CONFIG, load_official, weights_by_default
 from nepa_scale.models import Architecture, initial_values, resolve_architecture
 from nepa_scale.sharding import Shard
 from nepa_scale.training.checkpoint import load_shards, locate_checkpoint, read_meta
@@ -34,7 +34,8 @@ def load_backbone(source: str, shards: list[Shard], model: ModelConfig, *, avera
     Returns where they are from, and which weights they were, for people.
 
     source: a checkpoint or run folder of pretraining, or a folder in the official layout
-    average: take the moving average of a checkpoint's weights, or those as trained; None: by default (`weights`)
+    average: take the moving average of the weights, or those as trained; None: by default (`weights`), which of an
+        official folder is the average that its trainer left there, if it did
     Raises:
         ConfigError: nothing usable is there, or no average that is asked for, or its architecture is another; the first
             difference is named. QK-norm without weights may become one with weights, which starts as the same function;
@@ -43,13 +44,14 @@ def load_backbone(source: str, shards: list[Shard], model: ModelConfig, *, avera
     mine = [shard for shard in shards if shard.name.startswith(PREFIX)]
     wanted = resolve_architecture(model)
     if (Path(source) / CONFIG).is_file():
-        official = load_official(source)
+        kind = weights_by_default(Path(source)) if average is None else "ema" if average else "raw"
+        official = load_official(source, kind)
         _require_same(official.task.backbone.architecture, wanted, source)
         weights = dict(official.task.named_parameters())
         for shard in mine:
             if shard.name in weights and shard.stop > shard.start:
                 shard.tensors["master"].copy_(weights[shard.name].detach().flatten()[shard.start : shard.stop])
-        return f"{source} (official weights)"
+        return f"{source} (official {kind} weights)"
     folder = locate_checkpoint(source)
     saved = config_from_dict(read_meta(folder)["config"], str(folder))
     _require_same(resolve_architecture(saved.model), wanted, str(folder))

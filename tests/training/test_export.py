@@ -79,7 +79,7 @@ def test_safetensors_hold_every_parameter_by_name(weights: str, kind: str, run: 
     for shard in state:
         assert torch.equal(tensors[shard.name], shard.tensors[kind].view(shard.shape))
     with safe_open(output, "pt") as file:
-        assert file.metadata() == {"format": "pt", "weights": weights, "step": "7"}
+        assert file.metadata() == {"format": "pt", "weights": weights, "step": "7", "run": str(run)}
     assert facts["parameters"] == sum(shard.stop for shard in state)
     assert facts["bytes"] == output.stat().st_size
     assert [path.name for path in output.parent.iterdir()] == [output.name]
