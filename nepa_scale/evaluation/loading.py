@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nepa_scale.config import Config, config_from_dict
-from nepa_scale.interop.official import CONFIG, load_official, weights_by_default
+from nepa_scale.interop.official import CONFIG, has_average, load_official, weights_by_default
 from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import load_task
@@ -20,7 +20,7 @@ class Loaded:
     path: as it was given
     task: the module in eval mode, on the host
     config: of its run; None of an official folder
-    weights: "raw" or "ema"; of an official folder "official raw", or "official ema" where its trainer left an average
+    weights: "raw" or "ema"; "official" of an official folder that has one kind only
     step: of the checkpoint
     note: a line for people, where the default is not the average that there is
     """
@@ -47,7 +47,8 @@ def load_any(path: Path, weights: str | None) -> Loaded:
     """
     if (path / CONFIG).is_file():
         kind = weights or weights_by_default(path)
-        return Loaded(path, load_official(path, kind).task, None, f"official {kind}", None, "")
+        named = kind if has_average(path) else "official"
+        return Loaded(path, load_official(path, kind).task, None, named, None, "")
     folder = locate_checkpoint(path)
     chosen = choose_weights(folder, weights)
     config = config_from_dict(read_meta(folder)["config"], str(folder))
