@@ -7,7 +7,7 @@ examples:
   python tools/evaluate.py runs/demo --data data/demo/val --train data/demo/train
   python tools/evaluate.py runs/vit_b14 --data data/imagenet/val --weights raw --bidirectional --no-probe
   python tools/evaluate.py runs/vit_b14 --data data/imagenet/val --attentive 10
-  python tools/evaluate.py runs/vit_b14_in1k --data data/imagenet/val --interpolation bicubic
+  python tools/evaluate.py runs/vit_b14_in1k --data data/imagenet/val
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from nepa_scale.config import EXIT_USAGE, ConfigError, DataConfig
+from nepa_scale.config import EXIT_USAGE, Config, ConfigError, DataConfig
 from nepa_scale.data import DataError, EvaluationStream, ShardSet
 from nepa_scale.data.batch import Batch
 from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.attentive_probe import AttentiveProbe
 from nepa_scale.evaluation.loading import attends_causally, load_any, source_of
 from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
+from nepa_scale.interop.preprocessing import Preprocessing
 from nepa_scale.objectives import Classifier
 from nepa_scale.sharding import World, join_world, leave_world
 from nepa_scale.training.departure import depart
@@ -73,9 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attentive", type=int, default=0, metavar="EPOCHS", help="also an attentive probe of the last block probed"
     )
-    parser.add_argument("--interpolation", choices=["bilinear", "bicubic"], default="bilinear")
-    parser.add_argument("--crop-share", type=float, default=0.875, help="of the shorter side (default: 0.875)")
-    parser.add_argument("--squash", action="store_true", help="resize without keeping the aspect")
+    parser.add_argument("--interpolation", choices=["bilinear", "bicubic"], help="default: the run's, else bilinear")
+    parser.add_argument(
+        "--crop-share", type=float, help="resize to int(size / this), then crop (default: the run's, else 0.875)"
+    )
+    parser.add_argument(
+        "--squash", action=argparse.BooleanOptionalAction, help="resize without keeping the aspect (default: the run's)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="per rank (default: 64)")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes per rank (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="also write the result as one JSON object; - for stdout only")
@@ -88,9 +93,10 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     task, config = loaded.task.to(world.device), loaded.config
     if loaded.note and world.is_main:
         print(loaded.note, file=sys.stderr)
-    data = DataConfig(workers=arguments.workers, interpolation=arguments.interpolation)
+    crop = preparation(arguments, config)
+    data = DataConfig(workers=arguments.workers, interpolation=crop.interpolation)
     val = ShardSet.open(arguments.data, data)
-    facts: dict[str, Any] = loaded.facts
+    facts: dict[str, Any] = loaded.facts | asdict(crop)
 
     def shown(batches: Iterable[Batch], title: str, count: int) -> Iterator[Batch]:
         console = Console(stderr=True)
@@ -105,8 +111,8 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
             rank=world.rank,
             world_size=world.size,
             limit=limit,
-            crop_share=arguments.crop_share,
-            squash=arguments.squash,
+            crop_share=crop.crop_share,
+            squash=crop.squash,
             classes=classes,
         )
         try:
@@ -144,13 +150,36 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     return facts | {"seconds": time.monotonic() - began}
 
 
+def preparation(arguments: argparse.Namespace, config: Config | None) -> Preprocessing:
+    """How images are resized and cropped: as the run evaluated, or as an official folder says; options go over it.
+
+    Raises:
+        ConfigError: a crop share that is none, or the folder's file is damaged.
+    """
+    file = arguments.checkpoint / "preprocessor_config.json"
+    own = Preprocessing()
+    if config is not None:
+        own = Preprocessing.of(config)
+    elif file.is_file():
+        try:
+            own = Preprocessing.from_hugging_face(json.loads(file.read_text()))
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{file} is not a JSON object") from error
+    given = {name: getattr(arguments, name) for name in ("crop_share", "squash", "interpolation")}
+    chosen = replace(own, **{name: value for name, value in given.items() if value is not None})
+    if not 0.01 <= chosen.crop_share <= 1:
+        raise ConfigError(f"--crop-share {chosen.crop_share} must be between 0.01 and 1")
+    return chosen
+
+
 def report(facts: dict[str, Any], json_file: str | None) -> None:
     if json_file == "-":
         print(json.dumps(facts))
         return
     if json_file:
         Path(json_file).write_text(json.dumps(facts) + "\n")
-    print(f"{source_of(facts)}, {facts['seconds']:.0f} s")
+    crop = f"crop {facts['crop_share']:.4g}{' squashed' if facts['squash'] else ''}, {facts['interpolation']}"
+    print(f"{source_of(facts)}, {crop}, {facts['seconds']:.0f} s")
     labels = {
         "top1": "top-1",
         "top5": "top-5",

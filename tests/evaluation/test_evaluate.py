@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from nepa_scale.config import Config, ConfigError, load_config
 from nepa_scale.interop import save_official
+from nepa_scale.interop.preprocessing import Preprocessing
 from nepa_scale.models import build_vit
 from nepa_scale.objectives import Classifier
 from tests.launch import REPOSITORY, launcher, write_shards
+from tools import evaluate as program
 
 MODEL: dict[str, Any] = {"width": 48, "depth": 3, "heads": 3, "layer_scale": 0.1}
 
@@ -92,6 +95,25 @@ def test_a_classifier_is_judged_by_its_accuracy(classifier: Path, shards: dict[s
     assert alone == two
     assert alone["top5"] == 1.0
     assert alone["top1"] * 13 == pytest.approx(round(alone["top1"] * 13))
+
+
+def test_images_are_prepared_as_the_run_had_them(tmp_path: Path) -> None:
+    def prepared(*options: str, config: Config | None = None) -> Preprocessing:
+        arguments = program._parser().parse_args([str(tmp_path), "--data", "data", *options])
+        return program.preparation(arguments, config)
+
+    config = load_config("configs/finetune/vit_l14_in1k.yaml")
+    assert prepared(config=config) == Preprocessing(0.95, True, "bicubic")
+    assert prepared("--crop-share", "1", "--no-squash", config=config) == Preprocessing(1.0, False, "bicubic")
+    assert prepared() == prepared(config=load_config(None)) == Preprocessing(0.875, False, "bilinear")
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(Preprocessing(0.9, True, "bicubic").for_hugging_face((224, 224))))
+    assert prepared("--interpolation", "bilinear") == Preprocessing(0.9, True, "bilinear")
+    with pytest.raises(ConfigError, match="must be between"):
+        prepared("--crop-share", "1.2")
+    file.write_text("[")
+    with pytest.raises(ConfigError, match="is not a JSON object"):
+        prepared()
 
 
 def test_refusals_are_one_clear_line(classifier: Path, backbone: Path, shards: dict[str, Path], tmp_path: Path) -> None:
