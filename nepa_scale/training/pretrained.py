@@ -34,8 +34,8 @@ def load_backbone(source: str, shards: list[Shard], model: ModelConfig, *, avera
     Returns where they are from, and which weights they were, for people.
 
     source: a checkpoint or run folder of pretraining, or a folder in the official layout
-    average: take the moving average of the weights, or those as trained; None: by default (`weights`), which of an
-        official folder is the average that its trainer left there, if it did
+    average: take the moving average of the weights, or those as trained; None: by default (`weights`). Of an
+        official folder, whose trainer need not have left an average: the average, where there is one, unless False
     Raises:
         ConfigError: nothing usable is there, or no average that is asked for, or its architecture is another; the first
             difference is named. QK-norm without weights may become one with weights, which starts as the same function;
@@ -44,7 +44,7 @@ def load_backbone(source: str, shards: list[Shard], model: ModelConfig, *, avera
     mine = [shard for shard in shards if shard.name.startswith(PREFIX)]
     wanted = resolve_architecture(model)
     if (Path(source) / CONFIG).is_file():
-        kind = weights_by_default(Path(source)) if average is None else "ema" if average else "raw"
+        kind = "raw" if average is False else weights_by_default(Path(source))
         official = load_official(source, kind)
         _require_same(official.task.backbone.architecture, wanted, source)
         weights = dict(official.task.named_parameters())

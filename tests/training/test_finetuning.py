@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nepa_scale.config import (
     Config,
@@ -162,6 +163,13 @@ def test_an_official_folder_is_a_start(tmp_path: Path) -> None:
     other = ModelConfig(width=48, depth=2, heads=3, patch_size=8, image_size=32, layer_scale=0.1, rope_theta=50.0)
     with pytest.raises(ConfigError, match=r"rope_theta=100.0, but the run asks for 50.0"):
         load_backbone(str(tmp_path), shards_of(task), other, average=True)
+    # beside the average that the official trainer leaves
+    raw = load_file(tmp_path / "model.safetensors")
+    torch.save({name: tensor + 1 for name, tensor in raw.items()}, tmp_path / "pytorch_model_ema.bin")
+    for average, weights, added in ((None, "ema", 1), (True, "ema", 1), (False, "raw", 0)):
+        said = load_backbone(str(tmp_path), shards_of(task), TINY_MODEL, average=average)
+        assert said == f"{tmp_path} (official {weights} weights)"
+        assert torch.equal(task.backbone.norm.bias, backbone.norm.bias + added)
 
 
 @pytest.fixture(scope="module")
