@@ -2,8 +2,8 @@
 
 DATA is one CSV file (separated by commas, semicolons or tabs), or run folders. N: parameters, D: samples (or tokens),
 each in any unit; L must be positive and fall with both: of NEPA fit one_plus_loss, or an error rate (knn_error,
-probe_error, reference_error), not the loss itself or an accuracy. Runs that have not finished or have collapsed are
-left out, and named. Fits by a Huber loss on log L and by variable projection;
+probe_error, reference_error), not the loss itself or an accuracy. Runs that have not finished, have collapsed, or
+whose settings changed under way (another learning rate, a longer schedule) are left out, and named. Fits by a Huber loss on log L and by variable projection;
 reports 90% bootstrap intervals, the error of predicting the largest runs from the others, outliers, and how other forms
 of law do on the same data. What the data
 cannot determine is refused, with the runs to add.
@@ -66,6 +66,8 @@ def parse() -> argparse.Namespace:
                         help="a column, named above, that holds logarithms to base ten; may be repeated")  # fmt: skip
     parser.add_argument("--bootstrap", type=resamplings, default=200, metavar="N", help="(default: 200; 0: none)")
     parser.add_argument("--level", type=level, default=0.9, metavar="P", help="of the intervals (default: 0.9)")
+    parser.add_argument("--with-changed", action="store_true",
+                        help="also runs whose settings changed under way, which are of no one recipe")  # fmt: skip
     add_result_options(parser)
     arguments = parser.parse_args()
     if arguments.samples_from_flops and arguments.samples:
@@ -173,7 +175,7 @@ def read_runs(arguments: argparse.Namespace) -> Points:
     runs = read_recorded_runs(arguments.data)
     if arguments.loss is None:
         raise ConfigError(f"name what to fit with --loss: {list_metrics(runs)}")
-    points = points_of_runs(runs, find_metric(arguments.loss, runs))
+    points = points_of_runs(runs, find_metric(arguments.loss, runs), arguments.with_changed)
     require_one_objective(points)
     require_falling(points)
     return points

@@ -41,6 +41,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--title", metavar="TEXT", help="of the page (default: from the folders' names)")
     parser.add_argument("--bootstrap", type=whole, default=200, metavar="N",
                         help="resamplings for the laws' intervals (default: 200; 0: none)")  # fmt: skip
+    parser.add_argument("--with-changed", action="store_true",
+                        help="laws and frontiers also of runs whose settings changed under way")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write what the page says as one JSON object; - for stdout")
     return parser.parse_args()
 
@@ -57,7 +59,7 @@ def main() -> int:
         progress("reading the runs", 0.0)
         runs = read_recorded_runs(arguments.runs)
         title = arguments.title or f"Runs of {', '.join(path.resolve().name for path in arguments.runs[:3])}"
-        report = make_report(runs, title, progress, arguments.bootstrap)
+        report = make_report(runs, title, progress, arguments.bootstrap, arguments.with_changed)
         facts = write_report(report, arguments.output, progress)
     shown = "".join(as_text(one.shown(), one.table.title) for one in report.ablations)
     said = f"{facts['page']}: {len(runs)} runs, {facts['bytes'] / 1e6:.1f} MB; {len(facts['files'])} figure files"

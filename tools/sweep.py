@@ -113,6 +113,7 @@ def facts(one: PlannedRun, rate: float | None) -> dict[str, Any]:
         "flops": one.flops,
         "predicted_hours": one.flops / rate / 3600 if rate else None,
         "finished": one.finished(),
+        "settings_changed": one.mixed() or None,
         **{key: row[key] for key in QUALITY if key in row},
     }
 
@@ -137,7 +138,8 @@ def describe(runs: list[PlannedRun], failed: dict[str, str], rate: float | None)
     cost = f", {total / rate / 3600:.2g} hours of one run's devices" if rate else ""
     with console.capture() as text:
         console.print(table(runs, set(), f"{len(runs)} runs, {total:.3g} FLOPs{cost}", rate))
-    return text.get() + "".join(f"failed: {name}: {why}\n" for name, why in failed.items())
+    changed = "".join(f"{one.name} is not as it was planned: {why}\n" for one in runs if (why := one.mixed()))
+    return text.get() + changed + "".join(f"failed: {name}: {why}\n" for name, why in failed.items())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import Any
 from nepa_scale.command_line import Parser, deliver, positive, run
 from nepa_scale.config import Config, ConfigError, load_config
 from nepa_scale.data import ShardSet
-from nepa_scale.models import resolve_architecture
+from nepa_scale.models import resolve_architecture, size_name
 from nepa_scale.profiling.data_rate import DataRate, measure_data_rate, to_facts
 from nepa_scale.profiling.throughput import Throughput, measure_throughput
 from nepa_scale.profiling.throughput_report import describe, draw
@@ -91,7 +91,7 @@ def steps(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace, found: list[tuple[str, Throughput]], config: Config) -> None:
     if arguments.plot:
-        draw(found, config.model.size, arguments.plot)
+        draw(found, size_name(resolve_architecture(config.model)), arguments.plot)
     facts: dict[str, Any] = found[0][1].to_json()
     if arguments.compare:
         facts = {"compared": [{"variant": label, **result.to_json()} for label, result in found]}

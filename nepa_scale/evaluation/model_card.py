@@ -7,14 +7,15 @@ from typing import Any
 
 import yaml
 
-from nepa_scale.config import Config, config_from_dict, to_dict
+from nepa_scale.config import Config, ConfigError, config_from_dict, to_dict
 from nepa_scale.interop.preprocessing import Preprocessing
-from nepa_scale.models.sizes import Architecture
+from nepa_scale.models.sizes import Architecture, size_name
 from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.profiling import forward_flops, train_flops
 from nepa_scale.training.checkpoint import read_meta
 from nepa_scale.training.exported import class_names
 from nepa_scale.training.run_folder import read_json_lines
+from nepa_scale.training.run_record import RunRecord, describe_changes
 from nepa_scale.training.weights import weights_of
 
 UNTRAINED, PIXELS = "knn_top1_untrained", "knn_top1_pixels"
@@ -59,6 +60,7 @@ def write_model_card(
         _table(_model(task, architecture) | _classes(class_names(checkpoint))),
         "## Training\n",
         _table(_training(meta, config, architecture, weights)),
+        *_starts(run, meta),
         "## Quality\n",
         _quality(run, meta["step"], config, weights),
         "## Use\n",
@@ -96,6 +98,7 @@ def _summary(task: NextEmbedding | Classifier, config: Config) -> str:
 def _model(task: NextEmbedding | Classifier, a: Architecture) -> dict[str, str]:
     return {
         "parameters": f"{sum(parameter.numel() for parameter in task.parameters()):,}",
+        "size": size_name(a),
         "width, depth, heads": f"{a.width}, {a.depth}, {a.heads}",
         "patch": f"{a.patch_size} px: {a.tokens} tokens",
         "forward pass of an image": f"{sum(forward_flops(a).values()) / 1e9:,.2f} GFLOP",
@@ -131,6 +134,27 @@ def _training(meta: dict[str, Any], config: Config, a: Architecture, weights: st
         "precision": config.train.precision,
         "weights": averaged,
     }
+
+
+def _starts(run: Path, meta: dict[str, Any]) -> list[str]:
+    """The command of each start that made steps of the checkpoint, and which settings changed between them."""
+    try:
+        record = RunRecord.read(run)
+    except (FileNotFoundError, ConfigError):  # the checkpoint was taken out of its run
+        return []
+    step, start = meta["step"], meta.get("start")
+    rows = {}
+    for segment in record.segments(step, start):
+        facts = segment.start.facts if segment.start else {} if record.starts else record.provenance
+        command = f"`{facts['command']}`" if facts.get("command") else "not recorded here"
+        ranks = f", on {facts['world_size']} ranks ({segment.strategy})" if facts.get("world_size") else ""
+        rows[f"steps {segment.first:,} to {segment.last:,}"] = f"{command}{ranks}"
+    changed = describe_changes(record.changes(step, start))
+    return [
+        "Commands:\n",
+        _table(rows),
+        *([f"**The {changed}.** The configuration below is that of the last steps.\n"] if changed else []),
+    ]
 
 
 def _quality(run: Path, step: int, config: Config, weights: str) -> str:

@@ -1,7 +1,7 @@
 """The causal Vision Transformer and nothing else."""
 
 from nepa_scale.models.initialization import initial_values, initialize_module
-from nepa_scale.models.sizes import SIZES, Architecture, resolve_architecture
+from nepa_scale.models.sizes import SIZES, Architecture, resolve_architecture, size_name
 from nepa_scale.models.vit import CausalViT, build_vit
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "initial_values",
     "initialize_module",
     "resolve_architecture",
+    "size_name",
 ]

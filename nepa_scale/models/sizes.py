@@ -104,6 +104,16 @@ def resolve_architecture(model: ModelConfig, mask_token: bool = False) -> Archit
     return architecture
 
 
+def size_name(architecture: Architecture) -> str:
+    """The named size whose width, depth, heads and MLP width these are; these themselves where it is none of them."""
+    a = architecture
+    for name, size in SIZES.items():
+        if (size.width, size.depth, size.heads, size.mlp_width) == (a.width, a.depth, a.heads, a.mlp_width):
+            return name
+    own = f"width {a.width} x depth {a.depth} x heads {a.heads}"
+    return own if a.mlp_width == 4 * a.width else f"{own} x MLP {a.mlp_width}"
+
+
 def _height_width(image_size: int | list[int]) -> tuple[int, int]:
     sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
     if len(sides) != 2:

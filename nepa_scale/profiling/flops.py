@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nepa_scale.config import CHOICES, ConfigError, ModelConfig, ObjectiveConfig, nearest
-from nepa_scale.models import Architecture, resolve_architecture
+from nepa_scale.models import Architecture, resolve_architecture, size_name
 from nepa_scale.objectives import is_causal
 from nepa_scale.profiling.parameters import count_parameters, pretraining_only_parameters
 from nepa_scale.profiling.passes import Pass, backbone_forwards, passes_of
@@ -260,7 +260,7 @@ def count_flops(
     parameters = count_parameters(architecture) + pretraining_only_parameters(architecture, objective)
     operations = ADAMW_OPERATIONS + CLIP_OPERATIONS + (EMA_OPERATIONS if ema else 0)
     return FlopCount(
-        size=size,
+        size=size_name(architecture),
         objective=objective,
         architecture=architecture,
         parameters=parameters,

@@ -24,8 +24,9 @@ NAMES = {
 def describe(count: FlopCount, counters: dict[str, int]) -> str:
     """The figures of one model in GFLOP; `counters` are forward totals by counter, the closed form among them."""
     a = count.architecture
+    named = f"{count.size}: " if count.size in SIZES else ""
     lines = [
-        f"{count.size}: width {a.width}, depth {a.depth}, heads {a.heads}, {'SwiGLU' if a.gated else 'GELU'} MLP "
+        f"{named}width {a.width}, depth {a.depth}, heads {a.heads}, {'SwiGLU' if a.gated else 'GELU'} MLP "
         f"{a.mlp_width}; patch {a.patch_size} of {a.image_size[0]}x{a.image_size[1]} px = {a.tokens} tokens; "
         f"{count.parameters:,} parameters",
         f"{'GFLOP of one image':32}{'forward':>13}{'backward':>13}{'recomputed':>13}",

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nepa_scale.models import resolve_architecture, size_name
 from nepa_scale.profiling.figures import stacked_bars
 from nepa_scale.profiling.memory import COMPONENTS, Memory
+from nepa_scale.profiling.setup import Setup
 
 GIB = 2**30
+
+
+def _size(setup: Setup) -> str:
+    return size_name(resolve_architecture(setup.model))
 
 
 def facts_of(predicted: Memory, measured: dict[str, int] | None) -> dict[str, Any]:
@@ -18,7 +24,7 @@ def facts_of(predicted: Memory, measured: dict[str, int] | None) -> dict[str, An
     setup = predicted.setup
     facts = dataclasses.asdict(setup)
     return {
-        "size": setup.model.size,
+        "size": _size(setup),
         "strategy": setup.strategy,
         "world_size": setup.world_size,
         "micro_batch": setup.micro_batch,
@@ -63,7 +69,7 @@ def draw(predicted: Sequence[Memory], measured: Sequence[dict[str, int]] | None,
     unit, name = (GIB, "GiB") if max(p.total for p in predicted) > GIB else (2**20, "MiB")
     stacked_bars(
         path,
-        f"Memory of the fullest rank: {first.model.size}, {first.micro_batch} images a rank, {first.precision}, "
+        f"Memory of the fullest rank: {_size(first)}, {first.micro_batch} images a rank, {first.precision}, "
         f"recomputation {first.recompute}",
         [f"{p.setup.strategy} x{p.setup.world_size}" for p in predicted],
         {kind: [p.components[kind] / unit for p in predicted] for kind in COMPONENTS},

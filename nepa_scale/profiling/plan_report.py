@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nepa_scale.config import ModelConfig
-from nepa_scale.models import resolve_architecture
+from nepa_scale.models import resolve_architecture, size_name
 from nepa_scale.profiling.devices import Device
 from nepa_scale.profiling.figures import PALETTE, save, stacked_bars
 from nepa_scale.profiling.launch_scripts import as_word
@@ -28,10 +28,14 @@ def assumptions_text(s: Assumptions, device: Device) -> str:
     )
 
 
+def _size(job: Job) -> str:
+    return size_name(resolve_architecture(job.model))
+
+
 def describe(job: Job, choices: Sequence[Choice]) -> str:
     """The choices as a table."""
     lines = [
-        f"{job.model.size} on {job.gpus} x {job.device.name} ({job.usable / 1e9:.1f} of "
+        f"{_size(job)} on {job.gpus} x {job.device.name} ({job.usable / 1e9:.1f} of "
         f"{job.device.memory / 1e9:.0f} GB usable), batch {job.global_batch}, {job.epochs:g} epochs of "
         f"{job.samples:,} images",
         f"  {'':2}{'strategy':9}{'micro':>6}{'accum.':>7}  {'recompute':10}{'GB':>7}{'step s':>9}{'images/s':>10}"
@@ -66,7 +70,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """The object of `tools/plan.py --json`; changes: key -> [in the file, planned]; null where nothing fits."""
     return {
-        "size": job.model.size,
+        "size": _size(job),
         "gpus": job.gpus,
         "device": asdict(job.device),
         "global_batch": job.global_batch,
@@ -88,7 +92,7 @@ def draw(job: Job, choices: Sequence[Choice], path: Path) -> None:
     fitting = [choice for choice in choices if choice.fits]
     stacked_bars(
         path,
-        f"A step of {job.global_batch} images on paper: {job.model.size} on {job.gpus} x {job.device.name}",
+        f"A step of {job.global_batch} images on paper: {_size(job)} on {job.gpus} x {job.device.name}",
         [f"{c.strategy}, {c.micro_batch} images, recompute {c.recompute}" for c in fitting],
         {
             "matrix products": [c.time.products for c in fitting],

@@ -109,14 +109,14 @@ def switches_of(config: Config) -> Switches:
 
 
 def repeated(table: AblationTable, runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
-    """For each row of the table the finished pretrainings that repeat it, one a seed.
+    """For each row of the table the finished pretrainings that repeat it from first to last, one a seed.
 
     They are alike in all but the switches; where the runs hold several such groups, those of the one that has most of
     the table. All lists are empty where no group has two rows, as there is nothing to compare then.
     """
     groups: dict[str, list[RecordedRun]] = {}
     for run in runs:
-        if run.config is None or run.status != "finished":
+        if run.config is None or run.status != "finished" or run.mixed:
             continue
         if run.config.task == "pretrain" and run.config.objective.name == "next_embedding":
             groups.setdefault(_all_else(run.config), []).append(run)
@@ -133,6 +133,7 @@ def finetuned(pretraining: RecordedRun, runs: Sequence[RecordedRun]) -> list[Rec
         if run.config is not None
         and run.config.task == "finetune"
         and run.status == "finished"
+        and not run.mixed
         and Path(run.config.finetune.weights or "").name == pretraining.folder.name
     ]
 

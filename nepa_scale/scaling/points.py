@@ -135,13 +135,17 @@ def _require_counts(path: Path, column: str, values: Sequence[float]) -> None:
         )
 
 
-def points_of_runs(runs: Sequence[RecordedRun], metric: Metric) -> Points:
-    """Size, images seen, FLOPs and final value of those runs that have finished, have the metric and are sound."""
+def points_of_runs(runs: Sequence[RecordedRun], metric: Metric, with_changed: bool = False) -> Points:
+    """Size, images seen, FLOPs and final value of those runs that have finished, have the metric and are sound.
+
+    with_changed: also of those whose settings changed under way, which are of no one recipe
+    """
     points = Points([], [], [], [], ("parameters", "samples", metric.name))
     for run in runs:
         value, seen, flops = metric.final(run), run.last("samples_seen"), run.last("flops_seen")
         why = "" if run.status == "finished" else f"{run.status}: {run.said}".rstrip(": ")
-        why = why or collapse(run) or ("" if value is not None else f"has no {metric.key}")
+        why = why or collapse(run) or ("" if with_changed else run.mixed)
+        why = why or ("" if value is not None else f"has no {metric.key}")
         if why or value is None or not run.parameters or not seen or not flops:
             points.left_out[run.name] = why or "its metrics do not say how large it is, or how long it trained"
             continue

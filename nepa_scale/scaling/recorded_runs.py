@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nepa_scale.config import Config, ConfigError, config_from_dict
+from nepa_scale.config import Config, ConfigError, ModelConfig
+from nepa_scale.models import SIZES, resolve_architecture, size_name
 from nepa_scale.scaling.sweep import LOG
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.run_folder import read_json_lines
+from nepa_scale.training.run_record import Change, RunRecord
 
 Row = dict[str, Any]
 
@@ -37,9 +37,11 @@ class RecordedRun:
     status: finished | unfinished | failed
     share: of the planned steps that were made, 0..1; None where the plan is not known
     said: what there is to know of a failure, or the last line of a run that has not finished
-    config: None where it cannot be read
+    config: that the last steps were trained with; None where it cannot be read
     rows: of metrics.jsonl, one for each step, with `samples_seen` and `flops_seen` where they can be known
+    provenance: of the first start
     skipped_steps, bad_samples: counts
+    record: all its starts, and what each of its steps was trained with; None where config is
     """
 
     name: str
@@ -54,6 +56,18 @@ class RecordedRun:
     provenance: dict[str, Any]
     skipped_steps: int
     bad_samples: int
+    record: RunRecord | None = None
+
+    @property
+    def changes(self) -> list[Change]:
+        """Of its settings, between one step and the next."""
+        return self.record.changes() if self.record else []
+
+    @property
+    def mixed(self) -> str:
+        """How what bears on learning changed under way, so that the result is of no one recipe; empty where nothing
+        did."""
+        return self.record.mixed() if self.record else ""
 
     @property
     def objective(self) -> str:
@@ -125,7 +139,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> RecordedRun:
-    config, provenance, problem = _configuration(folder)
+    record, problem = _record(folder)
+    config = record.config if record else None
     rows = _rows(folder, config)
     share = _share(config, rows)
     complete = share is not None and share >= 1
@@ -141,22 +156,23 @@ def _read(folder: Path, name: str) -> RecordedRun:
         said=failure or ("" if complete else _last_line(folder)),
         config=config,
         rows=rows,
-        provenance=provenance,
+        provenance=record.provenance if record else {},
         skipped_steps=len(read_json_lines(folder / "skipped_steps.jsonl")),
         bad_samples=len(read_json_lines(folder / "bad_samples.jsonl")),
+        record=record,
     )
 
 
-def _configuration(folder: Path) -> tuple[Config | None, dict[str, Any], str]:
-    """Of a run, its provenance, and what is wrong with them if they cannot be read."""
+def _record(folder: Path) -> tuple[RunRecord | None, str]:
+    """What a run says of itself, or what is wrong with that if it cannot be read."""
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text())
-        provenance = values.pop("provenance", None) or {}
-        return config_from_dict(values, str(folder)), provenance, ""
+        record = RunRecord.read(folder)
+        record.segments()  # every start's settings, read
+        return record, ""
     except FileNotFoundError:
-        return None, {}, _last_line(folder) or "it ended before it wrote its configuration"
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        return None, {}, f"config.yaml cannot be read: {' '.join(str(error).split())}"
+        return None, _last_line(folder) or "it ended before it wrote its configuration"
+    except (OSError, ConfigError) as error:
+        return None, f"config.yaml cannot be read: {' '.join(str(error).split())}"
 
 
 def _rows(folder: Path, config: Config | None) -> list[Row]:
@@ -192,12 +208,24 @@ def _share(config: Config | None, rows: list[Row]) -> float | None:
 
 
 def _size(config: Config) -> str:
-    """Its name, with the width and depth that differ from it; these alone where they are all there is to know."""
+    """Its name where it is a named size, else its width and depth (and heads or MLP, if only they are its own)."""
     model, objective = config.model, config.objective.name
-    own = " ".join(f"{letter}{side}" for letter, side in (("w", model.width), ("d", model.depth)) if side)
-    named = "" if model.width and model.depth else model.size
     other = objective if objective != "next_embedding" else ""
-    return " ".join(filter(None, [named, own, f"p{model.patch_size}", other]))
+    return " ".join(filter(None, [_shape(model), f"p{model.patch_size}", other]))
+
+
+def _shape(model: ModelConfig) -> str:
+    try:
+        architecture = resolve_architecture(model)
+    except ConfigError:  # sizes that this version does not know
+        return model.size
+    if (name := size_name(architecture)) in SIZES:
+        return name
+    size = SIZES[model.size]
+    shape = f"w{architecture.width} d{architecture.depth}"
+    if (size.width, size.depth) != (architecture.width, architecture.depth):
+        return shape
+    return f"{shape} h{architecture.heads} m{architecture.mlp_width}"
 
 
 def _parameters(config: Config) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -70,19 +71,22 @@ class Report:
         }
 
 
-def make_report(runs: list[RecordedRun], title: str, progress: Progress, bootstrap: int = 200) -> Report:
+def make_report(
+    runs: list[RecordedRun], title: str, progress: Progress, bootstrap: int = 200, with_changed: bool = False
+) -> Report:
     """Fits the laws, and lays out what the runs have to show.
 
     bootstrap: resamplings for the laws' intervals; 0: none
+    with_changed: whether runs whose settings changed under way count in laws and frontiers
     """
     metrics, series = logged_metrics(runs), Series(runs)
     collapsed = {run.name: why for run in runs if (why := collapse(run))}
-    sound = [run for run in runs if run.name not in collapsed]
+    sound = [run for run in runs if run.name not in collapsed and (with_changed or not run.mixed)]
     sought = [metric for metric in metrics if metric.law]
     laws = []
     for number, metric in enumerate(sought):
         progress(f"fitting the law of {metric.title}", number / len(sought))
-        laws.append(fit_metric(metric, runs, bootstrap))
+        laws.append(fit_metric(metric, runs, bootstrap, with_changed))
 
     curves, costs = curve_rows(runs, metrics, series), cost_rows(runs, series)
     frontiers = {metric: frontier_rows(metric, sound, series) for metric in sought if _several_have(metric, sound)}
@@ -95,10 +99,12 @@ def make_report(runs: list[RecordedRun], title: str, progress: Progress, bootstr
 
     troubles, bad = tables.trouble_table(runs), tables.collapse_table(collapsed) if collapsed else None
     forms, ablations = tables.form_table(laws), repeated_tables(runs)
+    changes = tables.change_table(runs)
     where, how = tables.environment_table(runs), tables.commands(runs)
     sections = [
         *ablation_sections(ablations),
         Section("runs", "Runs", table=tables.run_table(runs, metrics, collapsed)),
+        *([Section("changes", "Settings changed under way", _CHANGES, changes)] if changes else []),
         Section("curves", "Quality over training", figures=curve_figures(metrics, curves, series, baselines(runs))),
         Section("frontier", "Frontier of the training curves", figures=[frontier_figure(m, series) for m in frontiers]),
         Section("laws", "Scaling laws", _LAWS, tables.law_table(laws) if laws else None, drawn),
@@ -112,8 +118,13 @@ def make_report(runs: list[RecordedRun], title: str, progress: Progress, bootstr
 
 
 _LAWS = (
-    "L(N, D) = E + A / N^α + B / D^β, fitted to the final values of the runs that finished and did not collapse; "
-    "in small print their 90% bootstrap intervals. N: parameters, D: images seen, C: training FLOPs."
+    "L(N, D) = E + A / N^α + B / D^β, fitted to the final values of the runs that finished, did not collapse and kept "
+    "their settings (or were asked for all the same); in small print their 90% bootstrap intervals. N: parameters, D: "
+    "images seen, C: training FLOPs."
+)
+_CHANGES = (
+    "What differs between a step and the one before it. Where that bears on what is learnt, the run is of no one "
+    "recipe, and laws and frontiers leave it out unless asked to take it; ablations always do."
 )
 _FORMS = (
     "Those of N and D are fitted to all runs, those of C to the frontier: runs that no cheaper one beats. AICc weighs "
@@ -201,4 +212,6 @@ def _run_facts(run: RecordedRun) -> dict[str, Any]:
         "skipped_steps": run.skipped_steps,
         "bad_samples": run.bad_samples,
         "provenance": run.provenance,
+        "starts": [start.facts for start in run.record.starts] if run.record else [],
+        "changes": [dataclasses.asdict(change) for change in run.changes],
     }

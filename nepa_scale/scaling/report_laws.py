@@ -51,12 +51,13 @@ class MetricLaw:
         return {"exponent": self.resampled.exponent, "optima": self.resampled.optima} if self.resampled else None
 
 
-def fit_metric(metric: Metric, runs: Sequence[RecordedRun], bootstrap: int) -> MetricLaw:
+def fit_metric(metric: Metric, runs: Sequence[RecordedRun], bootstrap: int, with_changed: bool = False) -> MetricLaw:
     """Fits the laws to those of the runs that have finished, did not collapse and have the metric.
 
     bootstrap: resamplings for the intervals; 0: none
+    with_changed: also to those whose settings changed under way
     """
-    points = points_of_runs(runs, metric)
+    points = points_of_runs(runs, metric, with_changed)
     n, d, loss = points.parameters, points.samples, points.loss
     found = MetricLaw(metric, points)
     try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from nepa_scale.scaling.recorded_runs import RecordedRun
 from nepa_scale.scaling.report_laws import Metric, MetricLaw
 from nepa_scale.scaling.report_page import Cell, Commands, Table
+from nepa_scale.training.run_record import shown
 
 _LAW = {"E": "E", "A": "A", "B": "B", "alpha": "α", "beta": "β", "a": "N* ~ C^"}
 
@@ -38,7 +40,33 @@ def run_table(runs: Sequence[RecordedRun], metrics: Sequence[Metric], collapsed:
 
 def _status(run: RecordedRun, collapsed: dict[str, str]) -> str:
     share = f", {run.share:.0%} of its steps" if run.share is not None and run.share < 1 else ""
-    return f"{run.status}{share}{', collapsed' if run.name in collapsed else ''}"
+    changed = ", settings changed" if run.changes else ""
+    return f"{run.status}{share}{changed}{', collapsed' if run.name in collapsed else ''}"
+
+
+def change_table(runs: Sequence[RecordedRun]) -> Table | None:
+    """Every setting that changed between one step of a run and the next; None where none did."""
+    head = [
+        Cell("run"),
+        Cell("after step", "number"),
+        Cell("setting"),
+        Cell("before"),
+        Cell("after"),
+        Cell("bears on what is learnt"),
+    ]
+    body = [
+        [
+            Cell(run.name),
+            _number(change.step, ","),
+            Cell(change.key),
+            Cell(shown(change.old)),
+            Cell(shown(change.new)),
+            Cell("yes" if change.learnt else "no"),
+        ]
+        for run in runs
+        for change in run.changes
+    ]
+    return Table(head, body) if body else None
 
 
 def law_table(laws: Sequence[MetricLaw]) -> Table:
@@ -113,8 +141,8 @@ def environment_table(runs: Sequence[RecordedRun]) -> Table | None:
     """One row for each machine, commit and set of versions; None where no run says."""
     groups: dict[tuple[tuple[str, str], ...], list[RecordedRun]] = {}
     for run in runs:
-        if run.provenance:
-            groups.setdefault(tuple(_environment(run).items()), []).append(run)
+        for environment in dict.fromkeys(tuple(_environment(start).items()) for start in _starts(run)):
+            groups.setdefault(environment, []).append(run)
     if not groups:
         return None
     keys = list(dict.fromkeys(key for group in groups for key, _ in group))
@@ -125,8 +153,13 @@ def environment_table(runs: Sequence[RecordedRun]) -> Table | None:
     return Table([Cell("runs"), *map(Cell, keys)], body)
 
 
-def _environment(run: RecordedRun) -> dict[str, str]:
-    found = run.provenance
+def _starts(run: RecordedRun) -> list[dict[str, Any]]:
+    """What each start says of itself; of a run from before starts were kept, what its configuration does."""
+    starts = [start.facts for start in run.record.starts] if run.record else []
+    return starts or ([run.provenance] if run.provenance else [])
+
+
+def _environment(found: dict[str, Any]) -> dict[str, str]:
     versions = found.get("versions")
     shown = {
         "machine": found.get("host"),
@@ -139,13 +172,22 @@ def _environment(run: RecordedRun) -> dict[str, str]:
 
 
 def commands(runs: Sequence[RecordedRun]) -> list[Commands]:
-    """As the runs were started, with the time."""
+    """Of every start of the runs, with its time and the steps that it trained."""
     lines = [
-        (f"{run.name} ({run.provenance.get('started', 'at an unknown time')})", str(run.provenance["command"]))
+        (f"{run.name} ({start.get('time', start.get('started', 'at an unknown time'))}{_trained(run, start)})", command)
         for run in runs
-        if run.provenance.get("command")
+        for start in _starts(run)
+        if (command := str(start.get("command") or ""))
     ]
-    return [Commands(f"commands of {len(lines)} runs" if len(lines) > 1 else "command", lines)] if lines else []
+    return [Commands(f"commands of {len(lines)} starts" if len(lines) > 1 else "command", lines)] if lines else []
+
+
+def _trained(run: RecordedRun, start: dict[str, Any]) -> str:
+    """Which of the run's steps are the start's; nothing where it is the only one."""
+    if run.record is None or len(run.record.starts) < 2:
+        return ""
+    own = [one for one in run.record.segments() if one.start and one.start.number == start["start"]]
+    return f", steps {own[0].first} to {own[0].last}" if own else ", no step that is left"
 
 
 def _some(names: list[str]) -> str:

@@ -27,6 +27,7 @@ from nepa_scale.models import resolve_architecture
 from nepa_scale.profiling import training_costs
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.run_folder import read_json_lines
+from nepa_scale.training.run_record import RunRecord
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LOG = "output.txt"  # in a run's folder: what train.py printed
@@ -66,6 +67,13 @@ class PlannedRun:
         for row in read_json_lines(self.folder / "metrics.jsonl"):
             merged |= row
         return merged
+
+    def mixed(self) -> str:
+        """How the run's settings changed under way, by other hands: then it is not what was planned."""
+        try:
+            return RunRecord.read(self.folder).mixed()
+        except (FileNotFoundError, ConfigError):
+            return ""
 
     def finished(self) -> bool:
         """Whether the last step was made and saved."""

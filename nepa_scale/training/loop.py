@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nepa_scale.config import Config, to_dict
 from nepa_scale.data.batch import Batch
+from nepa_scale.models import Architecture
 from nepa_scale.sharding import ParameterGroup, Shard, Strategy, World
 from nepa_scale.training.agreement import Agreement, Stopped, StopRequest
 from nepa_scale.training.backward_probe import BackwardProbe
@@ -36,6 +37,7 @@ from nepa_scale.training.weights import SHARE
 class Task(Protocol):
     """What is trained: `Pretraining` is one."""
 
+    architecture: Architecture
     parameters: int
     quality: str  # the metric of the evaluation by which the best checkpoint is known
 

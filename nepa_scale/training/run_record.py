@@ -60,7 +60,7 @@ class Change:
         return self.key.startswith(IDENTITY)
 
     def __str__(self) -> str:
-        return f"{self.key} {_shown(self.old)} -> {_shown(self.new)}"
+        return f"{self.key} {shown(self.old)} -> {shown(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,18 @@ class RunRecord:
                 before.config, after.config, (before.strategy, after.strategy), step=before.last
             )
         ]
+
+    def mixed(self) -> str:
+        """How what bears on learning changed under way, so that the result is of no one recipe; empty where nothing
+        did."""
+        return describe_changes([change for change in self.changes() if change.learnt])
+
+
+def describe_changes(changes: Sequence[Change]) -> str:
+    """`settings changed at step 6: optimizer.lr 0.001 -> 0.002`; empty where none did."""
+    steps = dict.fromkeys(change.step for change in changes)
+    each = [f"at step {step}: {', '.join(str(one) for one in changes if one.step == step)}" for step in steps]
+    return f"settings changed {'; '.join(each)}" if each else ""
 
 
 def read_first_config(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -286,6 +298,6 @@ def _overridden(config: Config, overrides: dict[str, Any]) -> Config:
     return config_from_dict(values, STARTS)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """As on the command line."""
     return value if isinstance(value, str) else json.dumps(value)

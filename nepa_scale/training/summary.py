@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nepa_scale.models import size_name
 from nepa_scale.sharding import ParameterGroup
 from nepa_scale.training.loop import Run
 from nepa_scale.training.run_folder import read_json_lines
@@ -16,8 +17,8 @@ def print_plan(run: Run, start: int, samples: int) -> None:
     """A few lines that say what is about to happen; the resolved configuration is in RUN/config.yaml."""
     plan, schedule, config = run.plan, run.schedule, run.config
     print(
-        f"{config.task}: {config.model.size}, {run.task.parameters:,} parameters, {config.train.precision}, "
-        f"{run.strategy.name} on {run.world.size} x {run.world.device.type}\n"
+        f"{config.task}: {size_name(run.task.architecture)}, {run.task.parameters:,} parameters, "
+        f"{config.train.precision}, {run.strategy.name} on {run.world.size} x {run.world.device.type}\n"
         f"data: {samples:,} images, {schedule.steps_per_epoch} steps an epoch; "
         f"batch {plan.global_batch_size} = {run.world.size} ranks x {plan.micro_batch_size} x {plan.accumulation}\n"
         f"schedule: {schedule.total} steps, {schedule.warmup} warmup, peak lr {schedule.peak_lr:.3g}; "

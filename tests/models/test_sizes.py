@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nepa_scale.config import ConfigError, ModelConfig
-from nepa_scale.models import SIZES, CausalViT, build_vit, resolve_architecture
+from nepa_scale.models import SIZES, CausalViT, build_vit, resolve_architecture, size_name
 from nepa_scale.objectives import Classifier
 
 
@@ -73,6 +73,22 @@ def test_explicit_numbers_override_the_size() -> None:
     assert wider.mlp_width == 4 * 96
     odd = resolve_architecture(ModelConfig(size="vit_s", width=96, heads=4, mlp_width=101))
     assert odd.mlp_width == 101
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"size": "vit_l"}, "vit_l"),
+        ({"size": "vit_l", "patch_size": 16, "qk_norm": "none"}, "vit_l"),
+        ({"size": "vit_b", "width": 192, "heads": 3}, "vit_ti"),  # whatever it was called, it is that
+        ({"size": "vit_ti", "width": 96}, "width 96 x depth 12 x heads 3"),
+        ({"size": "vit_ti", "depth": 4}, "width 192 x depth 4 x heads 3"),
+        ({"size": "vit_ti", "heads": 6}, "width 192 x depth 12 x heads 6"),
+        ({"size": "vit_ti", "mlp_width": 512}, "width 192 x depth 12 x heads 3 x MLP 512"),
+    ],
+)
+def test_a_size_is_named_only_where_it_is_that_size(model: dict[str, Any], name: str) -> None:
+    assert size_name(resolve_architecture(ModelConfig(**model))) == name
 
 
 def test_grid_of_an_image_that_is_not_square() -> None:

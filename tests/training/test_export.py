@@ -17,12 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nepa_scale.config import Config, ConfigError, load_config, to_dict
+from nepa_scale.evaluation.model_card import write_model_card
 from nepa_scale.interop import load_official
 from nepa_scale.models import CausalViT, resolve_architecture
 from nepa_scale.objectives import NextEmbedding
 from nepa_scale.sharding.shard import Shard
 from nepa_scale.training.checkpoint import Checkpointer
 from nepa_scale.training.export import export_safetensors, load_task
+from nepa_scale.training.run_folder import prepare_run_folder
+from nepa_scale.training.run_record import append_start, changes_between
 from tests.training.checkpoint_ranks import cut, run_ranks, whole_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +119,32 @@ def test_a_model_card_says_what_the_weights_are(layout: str, run: Path, tmp_path
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert int(shown.stdout) == sum(shard.stop for shard in state_of_test()), shown.stderr
+
+
+def test_a_model_card_tells_of_changed_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (load_config(None, [*OVERRIDES, "train.steps=7", f"optimizer.lr={rate}"]) for rate in (1e-3, 2e-3))
+    prepare_run_folder(tmp_path / "run", first)
+    for config, step, after in ((first, 0, None), (second, 4, 1), (first, 6, 2)):
+        monkeypatch.setattr(sys, "argv", ["train.py", f"optimizer.lr={config.optimizer.lr}"])
+        append_start(
+            tmp_path / "run", config, strategy="ddp", step=step, after=after, checkpoint=None,
+            changed=changes_between(first, config, step=step),
+        )  # fmt: skip
+    meta = META | {"step": 6, "start": 2, "config": to_dict(second)}  # the third start came later
+    checkpointer = Checkpointer(tmp_path / "run", keep=1, rank=0, world_size=1)
+    checkpointer.save(6, state_of_test(), replicated=True, meta=meta)
+    checkpointer.close()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000006"
+    task = load_task(checkpoint, "raw")
+    write_model_card(tmp_path, checkpoint, task, layout="official", weights="raw")
+    card = (tmp_path / "README.md").read_text()
+    assert "| steps 1 to 4 | `train.py optimizer.lr=0.001`, on 1 ranks (ddp) |" in card
+    assert "| steps 5 to 6 | `train.py optimizer.lr=0.002`, on 1 ranks (ddp) |" in card
+    assert "settings changed at step 4: optimizer.lr 0.001 -> 0.002" in card
+    assert card.count("train.py") == 2
+    (checkpoint.parent.parent / "config.yaml").unlink()  # a checkpoint on its own has no more to tell
+    write_model_card(tmp_path, checkpoint, task, layout="official", weights="raw")
+    assert "train.py" not in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("weights", "kind"), [("raw", "master"), ("ema", "ema")])

@@ -201,6 +201,7 @@ def test_an_unfinished_run_says_what_changes_and_keeps_every_start(finished: Pat
     starts = len(read_json_lines(finished / "starts.jsonl"))
     status, text = launch(shards, finished, said, "train.steps=9", "optimizer.lr=2e-3")
     assert status == 0, text
+    assert text.count("pretrain: width 48 x depth 2 x heads 3, ") == 1  # no size's name: it is none of them
     assert "changed after step 6: optimizer.lr 0.001 -> 0.002" in text
     assert "changed after step 6: train.steps 6 -> 9" in text
     assert "not one schedule" in text
