@@ -2,11 +2,11 @@
 
 DATA is one CSV file (separated by commas, semicolons or tabs), or run folders. N: parameters, D: samples (or tokens),
 each in any unit; L must be positive and fall with both: of NEPA fit one_plus_loss, or an error rate (knn_error,
-probe_error, reference_error), not the loss itself or an accuracy. Runs that have not finished, have collapsed, or
-whose settings changed under way (another learning rate, a longer schedule) are left out, and named. Fits by a Huber loss on log L and by variable projection;
-reports 90% bootstrap intervals, the error of predicting the largest runs from the others, outliers, and how other forms
-of law do on the same data. What the data
-cannot determine is refused, with the runs to add.
+probe_error, reference_error), not the loss itself or an accuracy. Runs that have not finished, have collapsed, or whose
+settings changed under way (another learning rate, a longer schedule) are left out, and named. Fits by a Huber loss on
+log L and by variable projection; reports 90% bootstrap intervals, the error of predicting the largest runs from the
+others, outliers, and how other forms of law do on the same data. What the data cannot determine is
+refused, with the runs to add.
 
 examples:
   python tools/fit_scaling.py points.csv --parameters params --samples tokens --loss loss --plot law.png
