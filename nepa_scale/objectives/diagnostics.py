@@ -35,27 +35,29 @@ def collapse_diagnostics(embeddings: Tensor, predictions: Tensor, *, spectrum: b
     # a copy is only possible from a patch: the first target follows CLS
     nearer_to_current = _dot(h[:, 1:-1], z[:, 1:-1]) > cosine[:, 1:]
     mean = targets.mean((0, 1))
+    centred = targets - mean
     return {
         "one_plus_loss": 1.0 - cosine.mean(),
-        "centred_cosine": _cosine(predicted - mean, targets - mean).mean(),
+        "centred_cosine": _cosine(predicted - mean, centred).mean(),
         "copy_cosine": _dot(z[:, 1:-1], z[:, 2:]).mean(),
         "copy_win": nearer_to_current.float().mean(),
-        **_of_targets(targets, spectrum),
+        **_of_targets(targets, mean, centred, spectrum),
     }
 
 
 @torch.no_grad()
 def target_diagnostics(targets: Tensor, *, spectrum: bool = True) -> dict[str, Tensor]:
     """The last three of `collapse_diagnostics`, of targets [B, n, D]."""
-    return _of_targets(_directions(targets), spectrum)
+    z = _directions(targets)
+    mean = z.mean((0, 1))
+    return _of_targets(z, mean, z - mean, spectrum)
 
 
-def _of_targets(targets: Tensor, spectrum: bool) -> dict[str, Tensor]:
-    """targets: l2-normalised."""
-    flat = targets.flatten(0, 1)
-    mean, count = flat.mean(0), flat.shape[0]
+def _of_targets(targets: Tensor, mean: Tensor, centred: Tensor, spectrum: bool) -> dict[str, Tensor]:
+    """targets: l2-normalised; centred: around their mean, and overwritten."""
+    count = targets[..., 0].numel()
     found = {
-        "embedding_std": (flat - mean).square_().mean(0).sqrt_().mean(),
+        "embedding_std": centred.square_().mean((0, 1)).sqrt_().mean(),
         "target_cosine": (count * mean.square().sum() - 1.0) / (count - 1),
     }
     return found | ({"effective_rank": effective_rank(spectrum_sample(targets))} if spectrum else {})
