@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nepa_scale.config import Config, DataConfig, EvaluateConfig
+from nepa_scale.config import Config, ConfigError, DataConfig, EvaluateConfig
 
-MEAN, STD = 0.5, 0.5  # of all three channels, after pixels are scaled to [0, 1]
-_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, in which Hugging Face counts
+Channels = tuple[float, float, float]
+HALF: Channels = (0.5, 0.5, 0.5)  # what this project normalises with
+_RESAMPLE = (
+    "nearest",
+    "lanczos",
+    "bilinear",
+    "bicubic",
+    "box",
+    "hamming",
+)  # by Pillow's numbers
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize to int(size / crop_share), by the shorter side or, with squash, both sides; then the middle of `size`."""
+    """Resize to int(size / crop_share), by the shorter side or, with squash, both sides; then the middle of `size`.
+
+    mean, std: of the channels, after pixels are scaled to [0, 1]
+    """
 
     crop_share: float = EvaluateConfig.crop_share
     squash: bool = EvaluateConfig.squash
     interpolation: str = DataConfig.interpolation
+    mean: Channels = HALF
+    std: Channels = HALF
 
     @classmethod
     def of(cls, config: Config) -> Preprocessing:
@@ -30,8 +44,8 @@ class Preprocessing:
             "crop_pct": self.crop_share,
             "crop_mode": "squash" if self.squash else "center",
             "interpolation": self.interpolation,
-            "mean": (MEAN,) * 3,
-            "std": (STD,) * 3,
+            "mean": self.mean,
+            "std": self.std,
         }
 
     def for_hugging_face(self, size: tuple[int, int]) -> dict[str, Any]:
@@ -42,22 +56,30 @@ class Preprocessing:
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"height": size[0], "width": size[1]},
-            "resample": _RESAMPLE[self.interpolation],
+            "resample": _RESAMPLE.index(self.interpolation),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            "image_mean": [MEAN] * 3,
-            "image_std": [STD] * 3,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
             "crop_pct": self.crop_share,
             "crop_mode": "squash" if self.squash else "center",
         }
 
     @classmethod
-    def from_hugging_face(cls, fields: dict[str, Any]) -> Preprocessing:
-        """The same, read back; what is absent has this project's default."""
-        names = {number: name for name, number in _RESAMPLE.items()}
-        return cls(
-            fields.get("crop_pct", cls.crop_share),
-            fields.get("crop_mode") == "squash",
-            names.get(fields.get("resample", _RESAMPLE[cls.interpolation]), cls.interpolation),
-        )
+    def from_hugging_face(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """The same, read back; what is absent has this project's default.
+
+        Raises:
+            ConfigError: a field is not what it is to be.
+        """
+        try:
+            mean, std = (tuple(map(float, fields.get(name, HALF))) for name in ("image_mean", "image_std"))
+            if len(mean) != 3 or len(std) != 3:
+                raise ValueError("image_mean and image_std have a number for each of three channels")
+            resample = fields.get("resample")
+            interpolation = cls.interpolation if resample is None else _RESAMPLE[int(resample)]
+            share = float(fields.get("crop_pct", cls.crop_share))
+        except (TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"preprocessor_config.json cannot be understood: {error}") from error
+        return cls(share, fields.get("crop_mode") == "squash", interpolation, mean, std)

@@ -85,11 +85,19 @@ def test_the_official_layout_gets_them_in_its_own_words(
     assert config["id2label"] == {str(index): name for index, name in enumerate(NAMES)}
     assert config["label2id"] == {name: index for index, name in enumerate(NAMES)}
     assert load_official(tmp_path / "out").class_names == NAMES
-    # and on to timm
+    # and on to timm, with what somebody else has changed
+    (tmp_path / "out" / "preprocessor_config.json").write_text(
+        json.dumps(prepared | {"image_mean": [0.4, 0.5, 0.6], "crop_mode": "squash", "crop_pct": 0.9, "resample": 1})
+    )
     assert call(monkeypatch, import_weights, tmp_path / "out", tmp_path / "timm", "--to", "timm") == 0
     written = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert written["label_names"] == NAMES
-    assert written["pretrained_cfg"]["interpolation"] == "bicubic"
+    found = written["pretrained_cfg"]
+    assert (found["interpolation"], found["crop_pct"], found["crop_mode"]) == ("lanczos", 0.9, "squash")
+    assert (found["mean"], found["std"]) == ([0.4, 0.5, 0.6], [0.5] * 3)
+    (tmp_path / "out" / "preprocessor_config.json").write_text(json.dumps({"resample": "soft"}))
+    assert call(monkeypatch, import_weights, tmp_path / "out", tmp_path / "timm", "--to", "timm") == 2
+    assert "preprocessor_config.json cannot be understood" in capsys.readouterr().err
 
 
 def test_names_come_from_the_shards_where_the_checkpoint_has_none(
