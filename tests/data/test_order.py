@@ -213,5 +213,8 @@ def test_evaluation_sees_each_sample_once_over_all_ranks(
     seen = seen[seen != PADDING]
     assert (np.diff(seen) > 0).all()
     assert len(seen) == min(samples, limit or samples)
+    gaps = set(np.diff([*seen, samples]).tolist())  # evenly spread: from the first sample to the last
+    assert seen[0] == 0
+    assert gaps <= {samples // len(seen), -(-samples // len(seen))}
     if limit is None or limit >= samples:
         assert seen.tolist() == list(range(samples))
