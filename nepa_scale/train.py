@@ -21,6 +21,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -200,28 +201,16 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
             class_names=shards.class_names if config.task == "finetune" else None,
         )
 
-        def open_stream(position: Position) -> TrainStream:
-            return TrainStream(
-                shards,
-                config.data,
-                image_size=task.architecture.image_size,
-                global_batch_size=plan.global_batch_size,
-                micro_batch_size=plan.micro_batch_size,
-                seed=config.train.seed,
-                rank=world.rank,
-                world_size=world.size,
-                start_step=position.step + position.passed_over,
-                rand_augment=config.augment.rand_augment,
-                classes=task.classes if isinstance(task, Finetuning) else None,
-                bad_samples_file=folder / "bad_samples.jsonl",
-            )
+        def stream_from(position: Position) -> TrainStream:
+            first = position.step + position.passed_over
+            return open_stream(config, shards, task, plan, world, first, folder / "bad_samples.jsonl")
 
         start = restore(job)
         if world.is_main:
             print_plan(job, start.step, len(shards))
         stop_signals.training_begins()
         try:
-            stop = train_on(job, open_stream, start)
+            stop = train_on(job, stream_from, start)
         finally:
             checkpointer.close()
             for tracker in job.trackers:
@@ -247,12 +236,51 @@ def prepare(
     return shards, val, task, Schedule.of(config, epoch_steps)
 
 
+def open_stream(
+    config: Config,
+    shards: ShardSet,
+    task: Pretraining | Finetuning,
+    plan: BatchPlan,
+    world: World,
+    first: int = 0,
+    bad_samples_file: Path | None = None,
+) -> TrainStream:
+    """This rank's micro-batches from the global batch `first` on."""
+    return TrainStream(
+        shards,
+        config.data,
+        image_size=task.architecture.image_size,
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        seed=config.train.seed,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=first,
+        rand_augment=config.augment.rand_augment,
+        classes=task.classes if isinstance(task, Finetuning) else None,
+        bad_samples_file=bad_samples_file,
+    )
+
+
+def read_a_batch(
+    config: Config, shards: ShardSet, task: Pretraining | Finetuning, plan: BatchPlan, world: World
+) -> None:
+    """Raises ConfigError where the first micro-batch cannot be read."""
+    here = replace(config, data=replace(config.data, workers=0))
+    try:
+        with contextlib.closing(open_stream(here, shards, task, plan, world)) as stream:
+            next(iter(stream))
+    except (DataError, RemoteError) as error:
+        raise ConfigError(f"data.train={config.data.train}: {error}") from error
+
+
 def dry_run(config: Config, ds_config: Path | None, world: World, where: str | None) -> None:
     """Checks what a run would check before it trains, and prints its plan; `where`: the JSON's file. Collective."""
     name, ds_values = together(world, lambda: choose_strategy(config.strategy, ds_config, world.size))
     plan = plan_batches(config.train, world.size)
     shards, _, task, schedule = prepare(config, plan, world)
     complete_ds_config(name, ds_values, step_settings(config, plan), world.size)
+    together(world, lambda: read_a_batch(config, shards, task, plan, world))
     with torch.device("meta"):
         groups = task.groups([parameter for parameter, _ in task.build().named_parameters()])
     if not world.is_main:

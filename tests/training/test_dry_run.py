@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +75,21 @@ def test_json_on_stdout_is_all_there_is(shards: Path, tmp_path: Path, capsys: py
 
 
 def test_what_a_run_would_refuse_is_refused(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    contradicting = tmp_path / "zero.json"
+    contradicting, broken = tmp_path / "zero.json", tmp_path / "broken"
+    broken.mkdir()
+    with tarfile.open(broken / "shard-000000.tar", "w") as tar:
+        for sample in range(40):
+            entry = tarfile.TarInfo(f"{sample:05d}.jpg")
+            entry.size = 5
+            tar.addfile(entry, io.BytesIO(b"noise"))
     contradicting.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 999}))
     for words, message in [
         ([f"data.train={tmp_path}/none"], "error: "),
         ([f"data.train={shards}", "train.micro_batch_size=3"], "error: train.micro_batch_size=3 does not divide"),
         ([f"data.train={shards}", "train.global_batch_size=64"], "less than one batch"),
         ([f"data.train={shards}", "--ds_config", str(contradicting)], "train_batch_size=999"),
+        ([f"data.train={shards}", "task=finetune", "augment.rand_augment=rand-x9"], "augment.rand_augment=rand-x9"),
+        ([f"data.train={broken}"], f"data.train={broken}: "),
     ]:
         assert main([*TINY, *words, f"output={tmp_path}/run", "--dry-run"]) == 2
         assert message in capsys.readouterr().err
