@@ -11,6 +11,7 @@ from nepa_scale.interop.official import CONFIG, has_average, load_official, weig
 from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import load_task
+from nepa_scale.training.run_record import describe_changes, record_of_checkpoint
 from nepa_scale.training.weights import choose_weights
 
 
@@ -22,6 +23,7 @@ class Loaded:
     config: of its run; None of an official folder
     weights: "raw" or "ema"; "official" of an official folder that has one kind only
     step: of the checkpoint
+    changed: which of the run's settings changed on the way to it, and where; empty: none did
     note: a line for people, where the default is not the average that there is
     """
 
@@ -30,12 +32,14 @@ class Loaded:
     config: Config | None
     weights: str
     step: int | None
+    changed: str
     note: str
 
     @property
     def facts(self) -> dict[str, Any]:
-        """`checkpoint`, `weights` and `step`, for JSON."""
-        return {"checkpoint": str(self.path), "weights": self.weights, "step": self.step}
+        """`checkpoint`, `weights` and `step`, and `settings_changed` where some did, for JSON."""
+        found: dict[str, Any] = {"checkpoint": str(self.path), "weights": self.weights, "step": self.step}
+        return found | ({"settings_changed": self.changed} if self.changed else {})
 
 
 def load_any(path: Path, weights: str | None) -> Loaded:
@@ -48,17 +52,21 @@ def load_any(path: Path, weights: str | None) -> Loaded:
     if (path / CONFIG).is_file():
         kind = weights or weights_by_default(path)
         named = kind if has_average(path) else "official"
-        return Loaded(path, load_official(path, kind).task, None, named, None, "")
+        return Loaded(path, load_official(path, kind).task, None, named, None, "", "")
     folder = locate_checkpoint(path)
     chosen = choose_weights(folder, weights)
-    config = config_from_dict(read_meta(folder)["config"], str(folder))
-    return Loaded(path, load_task(folder, chosen.weights), config, chosen.weights, chosen.step, chosen.note)
+    meta, record = read_meta(folder), record_of_checkpoint(folder)
+    config = config_from_dict(meta["config"], str(folder))
+    changed = describe_changes(record.changes(chosen.step, meta.get("start"))) if record else ""
+    task = load_task(folder, chosen.weights)
+    return Loaded(path, task, config, chosen.weights, chosen.step, changed, chosen.note)
 
 
 def source_of(facts: dict[str, Any]) -> str:
     """What a tool's facts are of, for people: "runs/demo, step 600 (ema weights)"."""
     step = "" if facts["step"] is None else f", step {facts['step']:,}"
-    return f"{facts['checkpoint']}{step} ({facts['weights']} weights)"
+    changed = f"; its {facts['settings_changed']}" if facts.get("settings_changed") else ""
+    return f"{facts['checkpoint']}{step} ({facts['weights']} weights{changed})"
 
 
 def attends_causally(task: NextEmbedding | Classifier) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from nepa_scale.config import Config, ConfigError, config_from_dict, to_dict
+from nepa_scale.config import Config, config_from_dict, to_dict
 from nepa_scale.interop.preprocessing import Preprocessing
 from nepa_scale.models.sizes import Architecture, size_name
 from nepa_scale.objectives import Classifier, NextEmbedding
@@ -15,7 +15,7 @@ from nepa_scale.profiling import forward_flops, train_flops
 from nepa_scale.training.checkpoint import read_meta
 from nepa_scale.training.exported import class_names
 from nepa_scale.training.run_folder import read_json_lines
-from nepa_scale.training.run_record import RunRecord, describe_changes
+from nepa_scale.training.run_record import describe_changes, record_of_checkpoint
 from nepa_scale.training.weights import weights_of
 
 UNTRAINED, PIXELS = "knn_top1_untrained", "knn_top1_pixels"
@@ -60,7 +60,7 @@ def write_model_card(
         _table(_model(task, architecture) | _classes(class_names(checkpoint))),
         "## Training\n",
         _table(_training(meta, config, architecture, weights)),
-        *_starts(run, meta),
+        *_starts(checkpoint, meta),
         "## Quality\n",
         _quality(run, meta["step"], config, weights),
         "## Use\n",
@@ -136,11 +136,10 @@ def _training(meta: dict[str, Any], config: Config, a: Architecture, weights: st
     }
 
 
-def _starts(run: Path, meta: dict[str, Any]) -> list[str]:
+def _starts(checkpoint: Path, meta: dict[str, Any]) -> list[str]:
     """The command of each start that made steps of the checkpoint, and which settings changed between them."""
-    try:
-        record = RunRecord.read(run)
-    except (FileNotFoundError, ConfigError):  # the checkpoint was taken out of its run
+    record = record_of_checkpoint(checkpoint)
+    if record is None:
         return []
     step, start = meta["step"], meta.get("start")
     rows = {}

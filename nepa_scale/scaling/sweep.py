@@ -27,7 +27,7 @@ from nepa_scale.models import resolve_architecture
 from nepa_scale.profiling import training_costs
 from nepa_scale.training.pretraining import Pretraining
 from nepa_scale.training.run_folder import read_json_lines
-from nepa_scale.training.run_record import RunRecord
+from nepa_scale.training.run_record import record_in
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LOG = "output.txt"  # in a run's folder: what train.py printed
@@ -70,10 +70,8 @@ class PlannedRun:
 
     def mixed(self) -> str:
         """How the run's settings changed under way, by other hands: then it is not what was planned."""
-        try:
-            return RunRecord.read(self.folder).mixed()
-        except (FileNotFoundError, ConfigError):
-            return ""
+        record = record_in(self.folder)
+        return record.mixed() if record else ""
 
     def finished(self) -> bool:
         """Whether the last step was made and saved."""

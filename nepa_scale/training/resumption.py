@@ -44,7 +44,8 @@ def refuse_finished(folder: Path, config: Config, strategy: str | None, total: i
         return  # another run's is refused by `require_same_run`
     raise ConfigError(
         f"{folder} has finished (step {meta['step']}, of {total} asked for), and was trained with other settings: "
-        f"{', '.join(map(str, changed))}; choose another folder with output=..., or go on with more train.steps"
+        f"{', '.join(map(str, changed))}; choose another folder with output=..., or go on with more "
+        f"{'train.steps' if config.train.steps else 'train.epochs'}"
     )
 
 

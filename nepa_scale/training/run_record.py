@@ -186,6 +186,19 @@ def describe_changes(changes: Sequence[Change]) -> str:
     return f"settings changed {'; '.join(each)}" if each else ""
 
 
+def record_in(folder: Path) -> RunRecord | None:
+    """Of the run in the folder; None where it is none, or does not say."""
+    try:
+        return RunRecord.read(folder)
+    except (FileNotFoundError, ConfigError):
+        return None
+
+
+def record_of_checkpoint(checkpoint: Path) -> RunRecord | None:
+    """Of the run that a checkpoint lies in; None where it was taken out of it, or the run does not say."""
+    return record_in(checkpoint.resolve().parent.parent)
+
+
 def read_first_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     """What config.yaml says: the first start's configuration and provenance.
 

@@ -10,6 +10,7 @@ from nepa_scale.models import size_name
 from nepa_scale.sharding import ParameterGroup
 from nepa_scale.training.loop import Run
 from nepa_scale.training.run_folder import read_json_lines
+from nepa_scale.training.run_record import describe_changes, record_in
 from nepa_scale.training.schedule import Schedule
 
 
@@ -57,6 +58,9 @@ def print_summary(folder: Path) -> None:
     scores = [row for row in rows if "knn_top1" in row]
     accuracies = [row for row in rows if "top1" in row]
     print(f"\nfinished {folder}")
+    record = record_in(folder)
+    if record is not None and record.changes():
+        print(f"  {describe_changes(record.changes())}")
     if losses:
         print(f"  loss                          {losses[-1]['loss']:.4f}  (step {losses[-1]['step']})")
     if scores:

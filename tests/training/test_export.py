@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nepa_scale.config import Config, ConfigError, load_config, to_dict
+from nepa_scale.evaluation.loading import load_any, source_of
 from nepa_scale.evaluation.model_card import write_model_card
 from nepa_scale.interop import load_official
 from nepa_scale.models import CausalViT, resolve_architecture
@@ -142,6 +143,9 @@ def test_a_model_card_tells_of_changed_settings(tmp_path: Path, monkeypatch: pyt
     assert "| steps 5 to 6 | `train.py optimizer.lr=0.002`, on 1 ranks (ddp) |" in card
     assert "settings changed at step 4: optimizer.lr 0.001 -> 0.002" in card
     assert card.count("train.py") == 2
+    changed = "settings changed at step 4: optimizer.lr 0.001 -> 0.002"
+    assert load_any(checkpoint, "raw").facts["settings_changed"] == changed
+    assert source_of(load_any(checkpoint, "raw").facts) == f"{checkpoint}, step 6 (raw weights; its {changed})"
     (checkpoint.parent.parent / "config.yaml").unlink()  # a checkpoint on its own has no more to tell
     write_model_card(tmp_path, checkpoint, task, layout="official", weights="raw")
     assert "train.py" not in (tmp_path / "README.md").read_text()
