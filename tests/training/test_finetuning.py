@@ -138,9 +138,13 @@ def test_the_classifier_starts_as_zeros() -> None:
     assert weights["backbone.embedding.cls_token"].all()
 
 
-def test_data_without_labels_are_refused() -> None:
+def test_data_without_labels_and_a_rate_of_0_are_refused() -> None:
     with pytest.raises(ConfigError, match="task=finetune needs labels"):
         Finetuning(recipe("vit_b"), None, 8)
+    still = recipe("vit_b")
+    still.optimizer.lr = 0.0
+    with pytest.raises(ConfigError, match="the peak learning rate is 0"):
+        Finetuning(still, 1000, 8)
 
 
 def shards_of(module: torch.nn.Module) -> list[Shard]:
