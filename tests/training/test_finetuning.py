@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,14 @@ from nepa_scale.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from nepa_scale.data.description import Description, ShardDescription
 from nepa_scale.interop import save_official
 from nepa_scale.interop.official import official_names
 from nepa_scale.models import build_vit
 from nepa_scale.objectives import Classifier, NextEmbedding
 from nepa_scale.sharding import Shard
 from nepa_scale.train import main
+from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.finetuning import Finetuning, finetuning_groups, layer_factors
 from nepa_scale.training.pretrained import load_backbone
 from nepa_scale.training.schedule import Schedule, learning_rate, peak_learning_rate
@@ -178,7 +182,16 @@ def test_an_official_folder_is_a_start(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("data") / "train")
+    """With names of the classes."""
+    folder = write_shards(tmp_path_factory.mktemp("data") / "train")
+    described = []
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            samples = len(tar.getnames()) // 2
+        content = shard.read_bytes()
+        described.append(ShardDescription(shard.name, samples, len(content), hashlib.sha256(content).hexdigest()))
+    (folder / "dataset.json").write_text(Description(described, 4, CLASS_NAMES).to_json())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +201,7 @@ def pretrained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+CLASS_NAMES = ["tabby", "tiger cat", "Siamesisch", "ocelot"]
 FINETUNE = [
     *TINY, "task=finetune", "model.drop_path=0.1", "data.interpolation=bicubic", "augment.mixup=0.8",
     "augment.cutmix=1.0", "augment.erase=0.25", "augment.rand_augment=rand-m9-mstd0.5-inc1", "model.qk_norm=affine",
@@ -235,6 +249,10 @@ def test_sharded_fine_tuning_is_that_of_one_process(
 def accuracies(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in row if key != "evaluation_seconds"} for row in rows if "top1" in row]
+
+
+def test_a_checkpoint_keeps_the_names_of_its_classes(alone: Path) -> None:
+    assert read_meta(locate_checkpoint(alone))["class_names"] == CLASS_NAMES
 
 
 def test_accuracy_is_of_the_default_weights_and_beside_an_average_of_those_as_trained(alone: Path) -> None:
