@@ -131,6 +131,7 @@ def test_a_model_card_tells_of_changed_settings(tmp_path: Path, monkeypatch: pyt
             tmp_path / "run", config, strategy="ddp", step=step, after=after, checkpoint=None,
             changed=changes_between(first, config, step=step),
         )  # fmt: skip
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 9}\n')
     meta = META | {"step": 6, "start": 2, "config": to_dict(second)}  # the third start came later
     checkpointer = Checkpointer(tmp_path / "run", keep=1, rank=0, world_size=1)
     checkpointer.save(6, state_of_test(), replicated=True, meta=meta)

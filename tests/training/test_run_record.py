@@ -209,6 +209,7 @@ def test_an_unfinished_run_says_what_changes_and_keeps_every_start(finished: Pat
     assert (finished / "config.yaml").read_bytes() == first
     line = read_json_lines(finished / "starts.jsonl")[-1]
     assert (line["start"], line["step"], line["strategy"], line["world_size"]) == (starts + 1, 6, "single", 1)
+    assert line["after"] == 1  # the one that trained up to there, whoever has looked at the run since
     assert line["changed"] == {"optimizer.lr": [1e-3, 2e-3], "train.steps": [6, 9]}
     # the record and the checkpoints tell the same
     record = RunRecord.read(finished)
