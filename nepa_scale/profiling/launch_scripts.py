@@ -97,7 +97,7 @@ def slurm_script(source: Source, job: Job, choice: Choice, hours: int = 24) -> s
     per_host = min(job.gpus, job.device.per_host)
     lines = " \\\n    ".join(["srun python nepa_scale/train.py", *overrides(source, job, choice)])
     return f"""#!/bin/bash
-#SBATCH --job-name=nepa_{job.model.size}
+#SBATCH --job-name=nepa_{Path(source.wanted.output).name}
 #SBATCH --nodes={job.hosts}
 #SBATCH --ntasks-per-node={per_host}
 #SBATCH --gpus-per-node={per_host}

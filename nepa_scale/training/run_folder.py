@@ -108,9 +108,7 @@ def provenance() -> dict[str, Any]:
         "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {
-            name: package_version(name) for name in ("nepa_scale", "torch", "deepspeed", "webdataset", "timm")
-        },
+        "versions": {name: package_version(name) for name in PACKAGES},
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
     }
 

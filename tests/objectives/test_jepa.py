@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from nepa_scale.models import CausalViT, initialize_module, resolve_architecture
 from nepa_scale.objectives import jepa, pretext_diagnostics
 from nepa_scale.objectives.blocks import draw_blocks
 from nepa_scale.objectives.jepa import JointEmbedding, jepa_predictor
+from tests.launch import REPOSITORY
 from tests.models.reference import randomize
 
 SMALL = ModelConfig(width=48, depth=2, heads=3, patch_size=8, image_size=40, layer_scale=0.1)  # 5 x 5 patches
@@ -144,7 +144,7 @@ def test_what_cannot_be_is_said(model: dict[str, object], jepa: dict[str, int], 
         task(model=dataclasses.replace(SMALL, **model), **jepa)  # type: ignore[arg-type]
 
 
-ORACLE = Path("../shared/oracles/ijepa.pt")
+ORACLE = REPOSITORY.parent / "shared" / "oracles" / "ijepa.pt"
 
 
 @pytest.mark.skipif(not ORACLE.is_file(), reason="the oracle is not part of the repository")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from nepa_scale.objectives.mae import (
     normalized_pixels,
     pixels_of_patches,
 )
+from tests.launch import REPOSITORY
 from tests.models.reference import randomize
 
 SMALL = ModelConfig(width=48, depth=2, heads=3, patch_size=8, image_size=32, layer_scale=0.1)  # 16 patches
@@ -197,7 +197,7 @@ def ours(values: Tensor) -> Tensor:
     return values.unflatten(2, (16, 3)).transpose(2, 3).flatten(2)
 
 
-ORACLE = Path("../shared/oracles/mae.pt")
+ORACLE = REPOSITORY.parent / "shared" / "oracles" / "mae.pt"
 needs_oracle = pytest.mark.skipif(not ORACLE.is_file(), reason="the oracle is not part of the repository")
 
 

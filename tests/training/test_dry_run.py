@@ -19,7 +19,7 @@ from nepa_scale.training.finetuning import Finetuning
 from nepa_scale.training.schedule import learning_rate
 from tests.launch import REPOSITORY, TINY, write_shards
 
-ORACLE = Path("../shared/oracles/nepa_finetune_rates_b.json")
+ORACLE = REPOSITORY.parent / "shared" / "oracles" / "nepa_finetune_rates_b.json"
 
 
 @pytest.fixture(scope="module")

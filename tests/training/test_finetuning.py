@@ -31,7 +31,7 @@ from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.finetuning import Finetuning, finetuning_groups, layer_factors
 from nepa_scale.training.pretrained import load_backbone
 from nepa_scale.training.schedule import Schedule, learning_rate, peak_learning_rate
-from tests.launch import TINY, metrics, run_training, write_shards
+from tests.launch import REPOSITORY, TINY, metrics, run_training, write_shards
 
 RECIPES = {
     "vit_b": (1.5e-3, 0.65, {"block 0": 5.25e-5, "block 11": 6e-3, "head": 1e-3}),
@@ -102,7 +102,7 @@ def test_linear_decay_is_evenly_spaced() -> None:
     assert factors == pytest.approx([0.35, *(0.35 + 0.05 * layer for layer in range(14))])
 
 
-ORACLE = Path("../shared/oracles/nepa_finetune_rates_b.json")
+ORACLE = REPOSITORY.parent / "shared" / "oracles" / "nepa_finetune_rates_b.json"
 
 
 @pytest.mark.skipif(not ORACLE.is_file(), reason="the oracle is not part of the repository")
