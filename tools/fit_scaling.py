@@ -3,10 +3,10 @@
 DATA is one CSV file (separated by commas, semicolons or tabs), or run folders. N: parameters, D: samples (or tokens),
 each in any unit; L must be positive and fall with both: of NEPA fit one_plus_loss, or an error rate (knn_error,
 probe_error, reference_error), not the loss itself or an accuracy. Runs that have not finished, have collapsed, or whose
-settings changed under way (another learning rate, a longer schedule) are left out, and named. Fits by a Huber loss on
-log L and by variable projection; reports 90% bootstrap intervals, the error of predicting the largest runs from the
-others, outliers, and how other forms of law do on the same data. What the data cannot determine is
-refused, with the runs to add.
+settings changed under way (another learning rate, a longer schedule) are left out, and named; --leave-out leaves out
+others. Fits by a Huber loss on log L and by variable projection; reports bootstrap intervals, the error of predicting
+the largest runs from the others, outliers and what they change, and how other forms of law do on the same data. What
+the data do not determine is null, with a sentence that says why and which runs to add.
 
 examples:
   python tools/fit_scaling.py points.csv --parameters params --samples tokens --loss loss --plot law.png
@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from nepa_scale.scaling import (
 )
 from nepa_scale.scaling.direction import require_falling
 from nepa_scale.scaling.envelope import EnvelopeFit, fit_envelope
+from nepa_scale.scaling.fit_text import envelope_line, form_lines, isoflop_line, law_lines, outlier_lines
 from nepa_scale.scaling.forms import compare_forms, compare_frontiers
 from nepa_scale.scaling.metrics import find_metric, list_metrics
 from nepa_scale.scaling.plots import plot_law
@@ -49,6 +51,7 @@ from nepa_scale.scaling.points import (
 )
 from nepa_scale.scaling.recorded_runs import read_recorded_runs
 
+Fit = TypeVar("Fit")
 PARAMETERS, SAMPLES, LOSS = "parameters", "samples", "loss"  # what the columns are called unless another is named
 RESAMPLINGS = 10  # fewer have no tails to take a 90% interval from
 
@@ -68,6 +71,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--level", type=level, default=0.9, metavar="P", help="of the intervals (default: 0.9)")
     parser.add_argument("--with-changed", action="store_true",
                         help="also runs whose settings changed under way, which are of no one recipe")  # fmt: skip
+    parser.add_argument("--leave-out", type=row_numbers, default=[], metavar="ROWS",
+                        help="rows, from 1, or runs in their order, that are not fitted: 3,7-9")  # fmt: skip
     add_result_options(parser)
     arguments = parser.parse_args()
     if arguments.samples_from_flops and arguments.samples:
@@ -86,6 +91,17 @@ def resamplings(word: str) -> int:
     return int(word)
 
 
+def row_numbers(word: str) -> list[int]:
+    """An argparse type: "3,7-9" -> [2, 6, 7, 8]."""
+    rows: set[int] = set()
+    for part in word.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)):
+            raise argparse.ArgumentTypeError(f"{word} must be rows from 1, such as 3,7-9")
+        rows |= set(range(int(first) - 1, int(last or first)))
+    return sorted(rows)
+
+
 def level(word: str) -> float:
     """An argparse type: a share between 0 and 1, neither included."""
     try:
@@ -99,36 +115,58 @@ def level(word: str) -> float:
 
 def main() -> int:
     arguments = parse()
-    points = read(arguments)
+    points = read(arguments).without(arguments.leave_out)
     n, d, loss = points.parameters, points.samples, points.loss
-    law = fit_parametric(n, d, loss, bootstrap=arguments.bootstrap, level=arguments.level)
-    projected = project_variables(n, d, loss)
-    isoflop: IsoflopFit | None = None
-    reason = None
-    try:
-        isoflop = fit_isoflop(n, d, loss, flops=points.flops, law=law)
-    except NotDetermined as error:
-        reason = str(error)
+    drawn = {"bootstrap": arguments.bootstrap, "level": arguments.level}
+    law, no_law = determined(lambda: fit_parametric(n, d, loss, **drawn))
+    projected, no_projection = determined(lambda: project_variables(n, d, loss)) if law else (None, no_law)
+    isoflop, no_isoflop = determined(lambda: fit_isoflop(n, d, loss, flops=points.flops, law=law, **drawn))
     envelope, no_envelope = envelope_of(points, arguments)
     flops = points.flops or (6 * np.array(n) * np.array(d)).tolist()
     facts = {
         "runs": len(loss),
         "left_out": points.left_out,
         "samples_from_flops": arguments.samples_from_flops,
-        "parametric": dataclasses.asdict(law) | {"a": law.a, "b": law.b},
-        "variable_projection": dataclasses.asdict(projected) | {"a": projected.a, "b": projected.b},
-        "isoflop": dataclasses.asdict(isoflop) if isoflop else None,
-        "isoflop_reason": reason,
+        "parametric": law_facts(law, points),
+        "parametric_reason": no_law,
+        "variable_projection": law_facts(projected, points),
+        "variable_projection_reason": no_projection,
+        "isoflop": isoflop.facts() if isoflop else None,
+        "isoflop_reason": no_isoflop,
         "envelope": dataclasses.asdict(envelope) if envelope else None,
         "envelope_reason": no_envelope,
-        "extrapolation_error": extrapolation_error(n, d, loss),
+        "extrapolation_error": extrapolation_error(n, d, loss) if law else None,
         "forms": [dataclasses.asdict(form) for form in compare_forms(n, d, loss)],
         "frontiers": [dataclasses.asdict(form) for form in compare_frontiers(flops, loss)],
     }
-    if arguments.plot:
+    if arguments.plot and law is not None:
         plot_law(arguments.plot, np.array(n), np.array(d), np.array(loss), law, points.names)
-    deliver(facts, describe(facts, law, isoflop), arguments.json)
+    elif arguments.plot:
+        print(f"warning: {arguments.plot} is not written: there is no law to draw", file=sys.stderr)
+    deliver(facts, describe(facts, points, law, projected, isoflop), arguments.json)
     return 0
+
+
+def determined(fit: Callable[[], Fit]) -> tuple[Fit | None, str | None]:
+    """What is fitted, or why the data do not determine it."""
+    try:
+        return fit(), None
+    except NotDetermined as error:
+        return None, str(error)
+
+
+def law_facts(law: ParametricFit | None, points: Points) -> dict[str, Any] | None:
+    """For JSON; rows, from 0, are those of the data as given."""
+    if law is None:
+        return None
+    return dataclasses.asdict(law) | {
+        "a": law.a,
+        "b": law.b,
+        "E_is_upper_limit": law.floor.startswith("<"),
+        "outliers": [points.row(at) for at in law.outliers],
+        "beaten": [[points.row(at) for at in pair] for pair in law.beaten],
+        "with_outliers": law_facts(law.with_outliers, points),
+    }
 
 
 def envelope_of(points: Points, arguments: argparse.Namespace) -> tuple[EnvelopeFit | None, str | None]:
@@ -181,39 +219,25 @@ def read_runs(arguments: argparse.Namespace) -> Points:
     return points
 
 
-def describe(facts: dict[str, Any], law: ParametricFit, isoflop: IsoflopFit | None) -> str:
-    projected = facts["variable_projection"]
+def describe(
+    facts: dict[str, Any], points: Points, law: ParametricFit | None, projected: ParametricFit | None,
+    isoflop: IsoflopFit | None,
+) -> str:  # fmt: skip
     derived = "; D = C / (6 N)" if facts["samples_from_flops"] else ""
     lines = [f"{facts['runs']} runs; L(N, D) = E + A / N^alpha + B / D^beta{derived}", ""]
-    lines.append(f"{'':<8}{'Huber on log L':>16}{f'{law.level:.0%} interval':>28}{'variable projection':>22}")
-    for name in ("E", "A", "B", "alpha", "beta", "a", "b"):
-        interval = law.intervals.get(name)
-        between = f"{interval[0]:.5g} - {interval[1]:.5g}" if interval else ""
-        lines.append(f"{name:<8}{getattr(law, name):>16.5g}{between:>28}{projected[name]:>22.5g}")
-    lines += ["", f"N* ~ C^a, D* ~ C^b; residuals of log L: {law.residual_std:.2%}"]
-    if facts["extrapolation_error"] is None:
-        lines.append("predicting the largest fifth from the others: too few runs would be left")
+    if law is None:
+        lines.append(f"no law: {facts['parametric_reason']}")
     else:
-        lines.append(f"predicting the largest fifth from the others: {facts['extrapolation_error']:.2%} median error")
-    if law.outliers:
-        lines.append(f"outliers, rows from 1: {', '.join(str(row + 1) for row in law.outliers)}")
-    if isoflop is None:
-        lines.append(f"IsoFLOP: {facts['isoflop_reason']}")
-    else:
-        bias = "" if isoflop.bias is None else f"; on this grid the method is off by {isoflop.bias:+.4f}"
-        lines.append(f"IsoFLOP: N* ~ C^{isoflop.exponent:.4f} from {len(isoflop.budgets)} budgets{bias}")
-    if facts["envelope"]:
-        between = facts["envelope"]["intervals"].get("a")
-        told = " ({:.3f} - {:.3f})".format(*between) if between else ""
-        lines.append(f"envelope of the training curves: N* ~ C^{facts['envelope']['a']:.4f}{told}")
-    else:
-        lines.append(f"envelope: {facts['envelope_reason']}")
-    for title, key in (("forms of N and D", "forms"), ("forms of compute, on the frontier", "frontiers")):
-        if facts[key]:
-            lines += ["", f"{title:<36}{'AICc above the best':>20}{'residuals':>12}{'largest fifth':>15}"]
-        for form in facts[key]:
-            told = "" if form["extrapolation_error"] is None else f"{form['extrapolation_error']:.2%}"
-            lines.append(f"  {form['formula']:<34}{form['aicc']:>20.1f}{form['residual_std']:>12.2%}{told:>15}")
+        lines += law_lines(law, projected, facts["variable_projection_reason"])
+        error = facts["extrapolation_error"]
+        told = "they do not determine a law" if error is None else f"{error:.2%} median error"
+        lines.append(f"predicting the largest fifth from the others: {told}")
+        lines += outlier_lines(law, points)
+    lines.append(f"IsoFLOP: {facts['isoflop_reason']}" if isoflop is None else isoflop_line(isoflop))
+    envelope = facts["envelope"]
+    lines.append(envelope_line(envelope) if envelope else f"envelope: {facts['envelope_reason']}")
+    lines += form_lines("forms of N and D", facts["forms"])
+    lines += form_lines("forms of compute, on the frontier", facts["frontiers"])
     lines += ["", *(f"left out: {name}: {why}" for name, why in facts["left_out"].items())]
     return "\n".join(lines).rstrip()
 

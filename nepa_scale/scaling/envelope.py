@@ -40,7 +40,8 @@ def fit_envelope(
 ) -> EnvelopeFit:
     """
     Raises:
-        NotDetermined: runs that log the metric once, or fewer than three sizes ahead anywhere.
+        NotDetermined: runs that log the metric once, fewer than three sizes ahead anywhere, or an exponent whose
+            interval holds 0.
     """
     curves = [curve for run in runs if (curve := _curve(run, metric)) is not None]
     if not curves:
@@ -61,6 +62,11 @@ def fit_envelope(
         for name, values in zip(("a", "b"), np.array(drawn).T, strict=True):
             low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
             intervals[name] = (float(low), float(high))
+            if low <= 0 <= high:
+                raise NotDetermined(
+                    f"the envelope's {name} may be 0: its {level:.0%} interval is {low:.3f} to {high:.3f}; add "
+                    "sizes, and longer runs"
+                )
     return EnvelopeFit(a, b, sizes, level, intervals)
 
 

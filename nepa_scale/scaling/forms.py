@@ -39,7 +39,7 @@ class FittedForm:
     aicc: Akaike's criterion for small samples, less that of the best form compared; 0 is the best, above 10 hopeless
     residual_std: of log y
     extrapolation_error: median relative error of the fifth of the runs with the most compute, predicted from the
-        others; None where too few runs would be left
+        others; None where too few runs would be left, or the form grows out of range
     """
 
     formula: str
@@ -181,4 +181,5 @@ def _extrapolation_error(form: Form, inputs: Numbers, y: Numbers, compute: Numbe
         return None
     held = order[len(kept) :]
     numbers, _ = _fit(form, inputs[:, kept], y[kept])
-    return float(np.median(np.abs(form.value(numbers, inputs[:, held]) / y[held] - 1)))
+    error = float(np.median(np.abs(form.value(numbers, inputs[:, held]) / y[held] - 1)))
+    return error if np.isfinite(error) else None

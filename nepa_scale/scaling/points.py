@@ -25,7 +25,8 @@ class Points:
     names: of parameters, samples and loss, for figures and messages
     flops: None where the data have none
     runs: whose these are; empty for rows of a file
-    left_out: runs that are not fitted, and why
+    left_out: runs or rows that are not fitted, and why
+    rows: where each stands among all, from 0; None: as here
     """
 
     parameters: list[float]
@@ -35,6 +36,31 @@ class Points:
     names: tuple[str, str, str] = ("parameters", "samples", "loss")
     runs: list[RecordedRun] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    rows: list[int] | None = None
+
+    def row(self, at: int) -> int:
+        """Where the one at `at` stands among all, from 0."""
+        return at if self.rows is None else self.rows[at]
+
+    def label(self, at: int) -> str:
+        """The run's name, or its row from 1."""
+        return self.runs[at].name if self.runs else f"row {self.row(at) + 1}"
+
+    def without(self, rows: Sequence[int]) -> Points:
+        """Those but for `rows`, which are named in `left_out`.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        beyond = [row + 1 for row in rows if row >= len(self.loss)]
+        if beyond:
+            raise ConfigError(f"--leave-out names row {beyond[0]}, and there are {len(self.loss)}")
+        kept = [row for row in range(len(self.loss)) if row not in set(rows)]
+        left_out = self.left_out | {self.label(row): "left out by --leave-out" for row in rows}
+        flops = [self.flops[row] for row in kept] if self.flops else self.flops
+        runs = [self.runs[row] for row in kept] if self.runs else []
+        n, d, y = ([values[row] for row in kept] for values in (self.parameters, self.samples, self.loss))
+        return Points(n, d, y, flops, self.names, runs, left_out, kept)
 
 
 def require_one_objective(points: Points) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
+from nepa_scale.scaling.isoflop import parabolas
 from nepa_scale.scaling.observations import Numbers
 from nepa_scale.scaling.recorded_runs import Row
 from nepa_scale.scaling.report_figures import (
@@ -19,7 +20,6 @@ from nepa_scale.scaling.report_figures import (
     samples_axis,
     value_axis,
 )
-from nepa_scale.scaling.report_isoflop import parabolas
 from nepa_scale.scaling.report_laws import MetricLaw
 
 Data = dict[str, list[Row]]
@@ -121,12 +121,12 @@ def _parabolas(found: MetricLaw) -> tuple[Figure, Data] | None:
 
 
 def _best_sizes(found: MetricLaw) -> tuple[Figure, Data] | None:
-    fit, resampled = found.isoflop, found.resampled
+    fit = found.isoflop
     if fit is None:
         return None
     name = f"best_size_{found.metric.name}"
     span = np.geomspace(fit.budgets[0].flops, fit.budgets[-1].flops, _FINE)
-    intervals = resampled.optima if resampled else [None] * len(fit.budgets)
+    intervals = fit.optima or [None] * len(fit.budgets)
     data = {
         f"{name}_points": [
             {"flops": rounded(b.flops), "best": rounded(b.optimum), **_bounds(interval)}
@@ -139,7 +139,7 @@ def _best_sizes(found: MetricLaw) -> tuple[Figure, Data] | None:
         ],
         f"{name}_band": [
             {"flops": rounded(float(flops)), **_bounds((float(low), float(high)))}
-            for flops, low, high in (zip(span, *resampled.sizes(span), strict=True) if resampled else ())
+            for flops, low, high in (zip(span, *fit.sizes(span), strict=True) if fit.drawn else ())
         ],
     }
     x = alt.X("flops:Q", title="training FLOPs of a run", scale=LOG, axis=FLOPS_AXIS)
@@ -156,7 +156,7 @@ def _best_sizes(found: MetricLaw) -> tuple[Figure, Data] | None:
         _named(f"{name}_points").transform_filter("isValid(datum.low)").mark_rule().encode(x=x, y=low, y2="high:Q"),
         _named(f"{name}_points").mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y, tooltip=tooltip),
     )
-    sure = f", with their {resampled.level:.0%} bootstrap intervals" if resampled else ""
+    sure = f", with their {fit.level:.0%} bootstrap intervals" if fit.drawn else ""
     figure = Figure(
         name, f"Best size for the compute: {found.metric.title}",
         f"Points are the parabolas' lowest points{sure}; the line through them is N* ~ C^{fit.exponent:.3f}.",

@@ -15,7 +15,6 @@ from nepa_scale.scaling.observations import NotDetermined
 from nepa_scale.scaling.parametric import ParametricFit, fit_parametric
 from nepa_scale.scaling.points import Points, points_of_runs, require_one_objective
 from nepa_scale.scaling.recorded_runs import RecordedRun
-from nepa_scale.scaling.report_isoflop import Resampled, resample
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class MetricLaw:
     refusal: str = ""
     isoflop: IsoflopFit | None = None
     isoflop_refusal: str = ""
-    resampled: Resampled | None = None
     forms: list[FittedForm] = field(default_factory=list)
     frontiers: list[FittedForm] = field(default_factory=list)
 
@@ -41,14 +39,11 @@ class MetricLaw:
             "left_out": self.points.left_out,
             "parametric": dataclasses.asdict(self.law) | {"a": self.law.a, "b": self.law.b} if self.law else None,
             "parametric_refusal": self.refusal or None,
-            "isoflop": dataclasses.asdict(self.isoflop) | {"intervals": self._intervals()} if self.isoflop else None,
+            "isoflop": self.isoflop.facts() if self.isoflop else None,
             "isoflop_refusal": self.isoflop_refusal or None,
             "forms": [dataclasses.asdict(form) for form in self.forms],
             "frontiers": [dataclasses.asdict(form) for form in self.frontiers],
         }
-
-    def _intervals(self) -> dict[str, Any] | None:
-        return {"exponent": self.resampled.exponent, "optima": self.resampled.optima} if self.resampled else None
 
 
 def fit_metric(metric: Metric, runs: Sequence[RecordedRun], bootstrap: int, with_changed: bool = False) -> MetricLaw:
@@ -69,9 +64,7 @@ def fit_metric(metric: Metric, runs: Sequence[RecordedRun], bootstrap: int, with
     except ConfigError as error:
         found = replace(found, refusal=str(error))
     try:
-        isoflop = fit_isoflop(n, d, loss, flops=points.flops, law=found.law)
-        resampled = resample(isoflop, n, d, loss, points.flops or [], bootstrap=bootstrap) if bootstrap else None
-        found = replace(found, isoflop=isoflop, resampled=resampled)
+        found = replace(found, isoflop=fit_isoflop(n, d, loss, flops=points.flops, law=found.law, bootstrap=bootstrap))
     except ConfigError as error:
         found = replace(found, isoflop_refusal=str(error))
     if len(loss) > 0 and min(loss) > 0:

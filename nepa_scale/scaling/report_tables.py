@@ -82,7 +82,7 @@ def law_table(laws: Sequence[MetricLaw]) -> Table:
             for name in _LAW:
                 low_high = law.intervals.get(name)
                 between = f"{low_high[0]:.3g} – {low_high[1]:.3g}" if low_high else ""
-                row.append(Cell(f"{getattr(law, name):.4g}", "number", between))
+                row.append(Cell(law.floor if name == "E" else f"{getattr(law, name):.4g}", "number", between))
             row.append(Cell(f"{law.residual_std:.2%}", "number"))
         body.append([*row, _isoflop(found)])
     return Table(head, body)
@@ -93,7 +93,7 @@ def _isoflop(found: MetricLaw) -> Cell:
     if fit is None:
         return Cell(f"not determined: {found.isoflop_refusal}", "sentence")
     bias = "" if fit.bias is None else f"; on this grid the method is off by {fit.bias:+.3f}"
-    between = "{:.3g} – {:.3g}".format(*found.resampled.exponent) if found.resampled else ""
+    between = "{:.3g} – {:.3g}".format(*fit.intervals["exponent"]) if fit.intervals else ""
     return Cell(f"N* ~ C^{fit.exponent:.3f} from {len(fit.budgets)} budgets{bias}", "sentence", between)
 
 

@@ -59,6 +59,79 @@ def test_a_file_becomes_a_law_and_a_picture(points: Path, tmp_path: Path) -> Non
     assert "N* ~ C^a" in subprocess.run(program, capture_output=True, text=True, timeout=120).stdout
 
 
+@pytest.fixture
+def without_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which take most of the tool's time."""
+    monkeypatch.setattr(fit_scaling, "compare_forms", lambda *_: [])
+    monkeypatch.setattr(fit_scaling, "compare_frontiers", lambda *_: [])
+
+
+@pytest.mark.usefixtures("without_other_forms")
+def test_what_is_not_determined_is_null_with_a_sentence(tmp_path: Path) -> None:
+    lines = ["parameters,samples,loss"]
+    lines += [f"{n},{d},{1.5 + 300 / n**0.32}" for n in (1e6, 3e6, 1e7, 3e7) for d in (1e7, 3e7, 1e8, 3e8)]
+    (tmp_path / "flat.csv").write_text("\n".join(lines))
+    done = fit(tmp_path / "flat.csv", "--json", "-", "--plot", tmp_path / "law.png", "--bootstrap", 20)
+    assert done.returncode == 0
+    facts = json.loads(done.stdout)
+    for kind in ("parametric", "variable_projection", "isoflop", "envelope"):
+        assert facts[kind] is None
+        assert facts[f"{kind}_reason"]
+    assert "do not determine beta" in facts["parametric_reason"]
+    assert "add runs of" in facts["parametric_reason"]
+    assert not (tmp_path / "law.png").exists()
+    assert "no law to draw" in done.stderr
+    said = fit(tmp_path / "flat.csv").stdout
+    assert f"no law: {facts['parametric_reason']}" in said
+    assert "interval" not in said
+
+
+@pytest.mark.usefixtures("without_other_forms")
+def test_outliers_are_named_both_laws_shown_and_rows_left_out_on_request(tmp_path: Path) -> None:
+    random, rows = np.random.default_rng(0), []
+    for n in np.geomspace(1e7, 1e9, 5):
+        for d in np.geomspace(1e9, 1e11, 5):
+            rows.append([n, d, (0.5 + 300 / n**0.35 + 900 / d**0.33) * np.exp(0.003 * random.standard_normal())])
+    clean = tmp_path / "clean.csv"
+    write_rows(clean, rows)
+    right = json.loads(fit(clean, "--json", "-", "--leave-out", "1,22-23", "--bootstrap", 40).stdout)
+    for at, factor in ((0, 1.5), (21, 1.2), (22, 1.3)):
+        rows[at][2] *= factor
+    wrong = tmp_path / "wrong.csv"
+    write_rows(wrong, rows)
+    facts = json.loads(fit(wrong, "--json", "-", "--bootstrap", 40).stdout)
+    law = facts["parametric"]
+    assert law["outliers"] == [0, 21, 22]
+    assert law["beta"] == pytest.approx(right["parametric"]["beta"], rel=1e-3)
+    assert abs(law["with_outliers"]["beta"] / law["beta"] - 1) > 0.01
+    said = fit(wrong, "--bootstrap", 40).stdout
+    assert "with the outliers" in said
+    assert "far above the law (trained badly?): row 1 (+" in said
+    assert f"{law['with_outliers']['beta']:.5g}" in said
+    left = json.loads(fit(wrong, "--json", "-", "--leave-out", "1,22-23", "--bootstrap", 40).stdout)
+    assert left["parametric"] == right["parametric"]
+    assert left["runs"] == 22
+    assert list(left["left_out"]) == ["row 1", "row 22", "row 23"]
+    assert "left out: row 22: left out by --leave-out" in fit(wrong, "--leave-out", "22", "--bootstrap", 0).stdout
+    rows.append([*rows[12][:2], 2 * rows[12][2]])
+    write_rows(wrong, rows)
+    shifted = json.loads(fit(wrong, "--json", "-", "--leave-out", "1,22-23", "--bootstrap", 0).stdout)
+    assert shifted["parametric"]["outliers"] == [25]
+    assert [25, 12] in shifted["parametric"]["beaten"]
+    for rows_named, why in (
+        ("0", "must be rows from 1"),
+        ("7-3", "such as 3,7-9"),
+        ("99", "names row 99, and there are 26"),
+    ):
+        done = fit(wrong, "--leave-out", rows_named)
+        assert done.returncode == 2
+        assert why in done.stderr
+
+
+def write_rows(path: Path, rows: list[list[float]]) -> None:
+    path.write_text("\n".join(["parameters,samples,loss", *(",".join(map(str, row)) for row in rows)]))
+
+
 def test_what_is_wrong_is_one_clear_line(points: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text(points.read_text() + "1e8,many,0.7\n")
     cases = [
