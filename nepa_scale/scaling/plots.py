@@ -32,7 +32,9 @@ def plot_law(
         share = (np.log(size) - order.min()) / max(np.ptp(order), 1e-9)
         left.plot(span, fit.predict(np.full_like(span, size), span), color=plt.get_cmap("viridis")(share), lw=1.2,
                   label=f"{size:.2g}")  # fmt: skip
-    left.axhline(fit.E, color="black", ls="--", lw=1, label=f"E = {fit.E:.4g}")
+    left.axhline(
+        fit.E, color="black", ls="--", lw=1, label=f"E {fit.floor}" if fit.floor.startswith("<") else f"E = {fit.E:.4g}"
+    )
     left.set(xscale="log", xlabel=names[1], ylabel=names[2])
     left.set_title(f"{fit.E:.4g} + {fit.A:.4g} / N^{fit.alpha:.3f} + {fit.B:.4g} / D^{fit.beta:.3f}", fontsize=11)
     left.legend(title=names[0], fontsize=8)

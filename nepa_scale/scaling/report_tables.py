@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nepa_scale.scaling.parametric import ParametricFit
 from nepa_scale.scaling.recorded_runs import RecordedRun
 from nepa_scale.scaling.report_laws import Metric, MetricLaw
 from nepa_scale.scaling.report_page import Cell, Commands, Table
@@ -83,9 +84,20 @@ def law_table(laws: Sequence[MetricLaw]) -> Table:
                 low_high = law.intervals.get(name)
                 between = f"{low_high[0]:.3g} – {low_high[1]:.3g}" if low_high else ""
                 row.append(Cell(law.floor if name == "E" else f"{getattr(law, name):.4g}", "number", between))
-            row.append(Cell(f"{law.residual_std:.2%}", "number"))
+            row.append(Cell(f"{law.residual_std:.2%}", "number", _outliers(found, law)))
         body.append([*row, _isoflop(found)])
     return Table(head, body)
+
+
+def _outliers(found: MetricLaw, law: ParametricFit) -> str:
+    """Which runs lie far off the law, and what they would make of it."""
+    if not law.outliers:
+        return ""
+    names = ", ".join(found.points.label(row) for row in law.outliers)
+    if law.with_outliers is None:
+        return f"outliers, hardly of weight: {names}"
+    other = law.with_outliers
+    return f"without the outliers {names}; with them α {other.alpha:.4g}, β {other.beta:.4g}"
 
 
 def _isoflop(found: MetricLaw) -> Cell:

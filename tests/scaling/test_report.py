@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from nepa_scale.command_line import run
+from nepa_scale.scaling import fit_parametric
+from nepa_scale.scaling.metrics import METRICS
+from nepa_scale.scaling.points import Points
 from nepa_scale.scaling.recorded_runs import read_recorded_runs
 from nepa_scale.scaling.report import make_report, write_report
+from nepa_scale.scaling.report_laws import MetricLaw
+from nepa_scale.scaling.report_tables import law_table
 from tests.launch import REPOSITORY, TINY, run_training, write_shards
 from tests.scaling.headless import CHROMIUM, Browser
 from tests.scaling.recorded_runs import BATCH, write_run, write_sweep
@@ -283,3 +289,21 @@ def test_a_real_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert found["samples_seen"] == 48
     assert found["final"].keys() >= {"loss", "one_plus_loss", "centred_loss", "knn_error"}
     assert {"curve_knn_error", "effective_rank", "cost_memory"} <= set(facts["figures"])
+
+
+def test_the_law_table_names_outliers_and_what_they_would_make_of_it() -> None:
+    n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5), indexing="ij"))
+    loss = (0.5 + 300 / n**0.35 + 900 / d**0.33) * np.exp(0.003 * np.random.default_rng(0).standard_normal(25))
+    loss[[0, 21, 22]] *= [1.5, 1.2, 1.3]
+    law = fit_parametric(n, d, loss, bootstrap=40)
+    points = Points(n.tolist(), d.tolist(), loss.tolist(), None)
+    table = law_table(
+        [
+            MetricLaw(
+                next(one for one in METRICS if one.name == "one_plus_loss"), points, law=law, isoflop_refusal="none"
+            )
+        ]
+    )
+    assert law.with_outliers is not None
+    said = f"without the outliers row 1, row 22, row 23; with them α {law.with_outliers.alpha:.4g}"
+    assert any(said in cell.interval for cell in table.body[0])
