@@ -33,8 +33,9 @@ from nepa_scale.command_line import deliver
 from nepa_scale.config import EXIT_USAGE, Config, ConfigError, load_config, to_dict
 from nepa_scale.data import DataError, ShardSet, TrainStream
 from nepa_scale.data.order import steps_per_epoch
+from nepa_scale.data.overlap import same_samples
 from nepa_scale.data.remote import RemoteError
-from nepa_scale.evaluation.while_training import Passes, make_evaluation
+from nepa_scale.evaluation.while_training import Passes, Validation, make_evaluation, make_validation
 from nepa_scale.profiling import Costs, peak_flops, training_costs
 from nepa_scale.sharding import (
     World,
@@ -154,7 +155,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
     watchdog = Watchdog(folder, world, config.train.timeout, agreed=agreed, brief=(DataError, RemoteError))
     with lock, watchdog:
         # task and data
-        shards, val, task, schedule = prepare(config, plan, world)
+        shards, validation, task, schedule = prepare(config, plan, world)
         named = name if ds_config is not None or config.strategy != "auto" else None
         together(world, lambda: refuse_finished(folder, config, named, schedule.total) if world.is_main else None)
         together(world, lambda: prepare_run_folder(folder, config) if world.is_main else None)
@@ -196,7 +197,7 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
             watchdog=watchdog,
             agreement=agreement,
             trackers=make_trackers(config, world),
-            evaluate=make_evaluation(task, shards, val, passes, strategy, average),
+            evaluate=make_evaluation(task, shards, validation, passes, strategy, average),
             dataset_samples=len(shards),
             class_names=shards.class_names if config.task == "finetune" else None,
         )
@@ -227,13 +228,13 @@ def run(config: Config, ds_config: Path | None, world: World) -> StopRequest | N
 
 def prepare(
     config: Config, plan: BatchPlan, world: World
-) -> tuple[ShardSet, ShardSet | None, Pretraining | Finetuning, Schedule]:
-    """The shards of data.train and data.val, what is trained, and for how long. Collective."""
+) -> tuple[ShardSet, Validation | None, Pretraining | Finetuning, Schedule]:
+    """The shards of data.train, what is evaluated on, what is trained, and for how long. Collective."""
     shards = together(world, lambda: open_shards(config.data.train, "data.train", config))
-    val = together(world, lambda: open_shards(config.data.val, "data.val", config)) if config.data.val else None
+    validation = open_validation(shards, config, world) if config.data.val else None
     task = together(world, lambda: make_task(config, shards, plan.micro_batch_size))
     epoch_steps = together(world, lambda: count_steps(len(shards), config, plan.global_batch_size, world.size))
-    return shards, val, task, Schedule.of(config, epoch_steps)
+    return shards, validation, task, Schedule.of(config, epoch_steps)
 
 
 def open_stream(
@@ -355,6 +356,17 @@ def open_shards(source: str | None, key: str, config: Config) -> ShardSet:
     if source is None:
         raise ConfigError(f"{key} is not set: give a folder, brace pattern or URL of WebDataset shards")
     return ShardSet.open(source, config.data)
+
+
+def open_validation(shards: ShardSet, config: Config, world: World) -> Validation:
+    """The shards of data.val, held against those of data.train; says what is to be known of them. Collective."""
+    val = together(world, lambda: open_shards(config.data.val, "data.val", config))
+    same = together(world, lambda: same_samples(val, shards) if world.is_main else 0)  # reads: one rank does
+    validation = together(world, lambda: make_validation(shards, val, config, same))
+    if world.is_main:
+        for note in validation.notes:
+            print(f"warning: {note}", file=sys.stderr, flush=True)
+    return validation
 
 
 def count_steps(samples: int, config: Config, global_batch_size: int, world_size: int) -> int:

@@ -28,8 +28,10 @@ from rich.progress import track
 from nepa_scale.config import EXIT_USAGE, Config, ConfigError, DataConfig
 from nepa_scale.data import DataError, EvaluationStream, ShardSet
 from nepa_scale.data.batch import Batch
+from nepa_scale.data.overlap import same_samples
 from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.attentive_probe import AttentiveProbe
+from nepa_scale.evaluation.held_out import match_classes, require_other_images
 from nepa_scale.evaluation.loading import attends_causally, load_any, source_of
 from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
 from nepa_scale.interop.preprocessing import Preprocessing
@@ -59,7 +61,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run folder, a checkpoint, an official folder")
-    parser.add_argument("--data", required=True, help="labelled shards to evaluate on")
+    parser.add_argument("--data", required=True, help="shards to evaluate on; without labels: the effective rank alone")
     parser.add_argument("--train", help="labelled shards for kNN and probe (default: those the run was trained on)")
     parser.add_argument("--weights", choices=list(KINDS), help=WEIGHTS_HELP)
     parser.add_argument("--bank", type=int, default=50_000, help="training images used, evenly spread (default: 50000)")
@@ -102,7 +104,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         console = Console(stderr=True)
         return iter(track(batches, title, count, console=console, transient=True, disable=not world.is_main))
 
-    def one_pass(source: ShardSet, title: str, classes: int, limit: int | None = None) -> Iterator[Batch]:
+    def one_pass(source: ShardSet, title: str, classes: int | None, limit: int | None = None) -> Iterator[Batch]:
         stream = EvaluationStream(
             source,
             data,
@@ -120,28 +122,45 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         finally:
             stream.close()
 
+    def say(note: str) -> None:
+        if note and world.is_main:
+            print(f"warning: {note}", file=sys.stderr)
+
     if isinstance(task, Classifier):
         classes = task.head.out_features
-        if (val.classes or 0) > classes:
+        if val.classes is None:
+            raise ConfigError(f"{arguments.data} has no labels, which the accuracy of a classifier needs")
+        if val.classes > classes:
             raise ConfigError(f"{arguments.data} has {val.classes} classes, and the classifier only {classes}")
         facts |= Accuracy(lambda: one_pass(val, "classifying", classes), world).of_module(task)
     else:
-        source = arguments.train or (config.data.train if config else None)
-        if source is None:
-            raise ConfigError("give --train: kNN and probe need labelled training shards")
-        train = ShardSet.open(source, data)
-        if train.classes is None or val.classes is None:
-            raise ConfigError(f"{source if train.classes is None else arguments.data} has no labels")
-        classes, depth = max(train.classes, val.classes), task.backbone.architecture.depth
+        depth = task.backbone.architecture.depth
         blocks = spread_blocks(depth) if arguments.blocks is None else [block - 1 for block in arguments.blocks]
         if not all(0 <= block < depth for block in blocks):
             raise ConfigError(f"--blocks must be between 1 and {depth}")
+        source = arguments.train or (config.data.train if config else None)
+        if source is None and val.classes is not None:
+            raise ConfigError("give --train: kNN and probe need labelled training shards")
+        train = ShardSet.open(source, data) if source is not None else val
+        if source is None or train.classes is None or val.classes is None:
+            nameless = arguments.data if val.classes is None else source
+            if arguments.attentive > 0:
+                raise ConfigError(f"--attentive needs labels, and {nameless} has none")
+            say(f"no labels in {nameless}: what is evaluated without them is the effective rank")
+            classes = None
+        else:
+            same = same_samples(val, train)
+            say(require_other_images(same, len(val), arguments.data, source))
+            facts["val_in_train"] = same / len(val)
+            val, note = match_classes(val, arguments.data, train.class_names, train.classes, source)
+            say(note)
+            classes = max(train.classes, val.classes or 0)
         causal = attends_causally(task) and not arguments.bidirectional
         settings = FeatureSettings(blocks, causal, arguments.pooling)
         bank = one_pass(train, "training features", classes, arguments.bank)
         queries = one_pass(val, "validation features", classes)
         facts |= evaluate_features(task.backbone, bank, queries, classes, world, settings, probe=arguments.probe)
-        if arguments.attentive > 0:
+        if arguments.attentive > 0 and classes is not None:
             probe = AttentiveProbe(task.backbone, blocks[-1], classes, world, causal=settings.causal)
             cropped = replace(data, crop_scale=config.data.crop_scale) if config else data  # as in pretraining
             probe.fit_on(train, cropped, arguments.attentive, lambda stream, count: shown(stream, "probing", count))
@@ -179,7 +198,8 @@ def report(facts: dict[str, Any], json_file: str | None) -> None:
     if json_file:
         Path(json_file).write_text(json.dumps(facts) + "\n")
     crop = f"crop {facts['crop_share']:.4g}{' squashed' if facts['squash'] else ''}, {facts['interpolation']}"
-    print(f"{source_of(facts)}, {crop}, {facts['seconds']:.0f} s")
+    known = f"; {facts['val_in_train']:.1%} of the images are training images" if facts.get("val_in_train") else ""
+    print(f"{source_of(facts)}, {crop}, {facts['seconds']:.0f} s{known}")
     labels = {
         "top1": "top-1",
         "top5": "top-5",

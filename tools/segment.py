@@ -34,7 +34,9 @@ from safetensors.torch import save_file
 
 from nepa_scale.command_line import Parser, add_result_options, deliver, positive, run
 from nepa_scale.config import ConfigError
+from nepa_scale.data.overlap import ImageFiles, same_images
 from nepa_scale.data.segmentation_folder import IGNORED, RandomCrops, Split, WholeImages
+from nepa_scale.evaluation.held_out import require_other_images
 from nepa_scale.evaluation.loading import attends_causally, load_any
 from nepa_scale.evaluation.offline import spread_blocks
 from nepa_scale.evaluation.segmentation import (
@@ -115,6 +117,11 @@ def segment(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     training, validation = (
         Split.open(arguments.data, name, arguments.zero_is_ignored) for name in ("training", "validation")
     )
+    same = same_images(*(ImageFiles([image for image, _ in split.pairs]) for split in (validation, training)))
+    places = (f"{arguments.data}/images/{name}" for name in ("validation", "training"))
+    note = require_other_images(same, len(validation), *places)
+    if note and world.is_main:
+        print(f"warning: {note}", file=sys.stderr)
     loaded = load_any(arguments.checkpoint, arguments.weights)
     if loaded.note and world.is_main:
         print(loaded.note, file=sys.stderr)
@@ -150,6 +157,7 @@ def segment(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         "steps": recipe.steps,
         "train_images": len(training),
         "val_images": len(validation),
+        "val_in_train": same / len(validation),
         "classes": classes,
         "zero_is_ignored": arguments.zero_is_ignored,
         "loss": loss,

@@ -48,10 +48,13 @@ class Description:
                 raise TypeError("counts are not whole numbers")
             if not all(shard.name and "/" not in shard.name for shard in shards):
                 raise ValueError("a shard's name is not a file name")
+            names = fields.get("class_names")
+            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise TypeError("class_names is not a list of names")
             return cls(
                 shards,
                 fields.get("classes"),
-                fields.get("class_names"),
+                names,
                 fields.get("recipe", {}),
                 fields.get("left_out", []),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from nepa_scale.config import DataConfig
+from nepa_scale.data.class_names import numbers_of
 from nepa_scale.data.index_files import find_index, make_index
 from nepa_scale.data.remote import MissingRemote, Remote, is_remote
 from nepa_scale.data.shard_cache import ShardCache
@@ -54,6 +56,7 @@ class ShardSet:
     shard_sizes: samples of each shard
     classes: as `dataset.json` states, else the largest label + 1; None without labels
     class_names: in the order of the labels, where `dataset.json` states them
+    descriptions: by path or URL, what `dataset.json` says of a shard
     remote: whether shards are fetched, each as a whole when its first sample is read
     """
 
@@ -64,12 +67,28 @@ class ShardSet:
         self.class_names = source.class_names
         largest = max(shard.largest_label for shard in shards)
         self.classes = source.classes if source.classes is not None or largest == NO_LABEL else largest + 1
-        self._expected = {name: shard for name, shard in source.described.items() if is_remote(name)}
+        self.descriptions = source.described
+        self._numbers = [source.labels.get(name) for name in self.names]
         self._missing = [shard.missing for shard in shards]
         self._index_files = [shard.index for shard in shards]
         self._ends = list(accumulate(self.shard_sizes))
         self._cache, self._open_files = cache, open_files
         self._forget_process_state()
+
+    def with_classes(self, names: list[str], where: str) -> ShardSet:
+        """The same samples, with the labels that their classes' names have in `names`.
+
+        where: this set, for messages
+        Raises:
+            ConfigError: a class is not in `names`.
+        """
+        if self.class_names is None:
+            raise ValueError(f"{where} does not name its classes")
+        numbers = numbers_of(self.class_names, names, where)
+        other = copy.copy(self)
+        other._numbers = [numbers if old is None else [numbers[n] for n in old] for old in self._numbers]
+        other.class_names, other.classes = names, len(names)
+        return other
 
     @classmethod
     def open(cls, source: str, data: DataConfig) -> ShardSet:
@@ -109,13 +128,28 @@ class ShardSet:
         entry = self._entry(shard, sample - self._ends[shard] + self.shard_sizes[shard])
         if entry.flaw is not None:
             raise BadSample(name, entry.key, entry.flaw)
-        try:
-            image = os.pread(self._descriptor(shard), entry.size, entry.offset)
-        except OSError as error:
-            raise BadSample(name, entry.key, f"the shard cannot be read: {error.strerror}") from error
-        if len(image) < entry.size:
-            raise BadSample(name, entry.key, "the shard has become shorter since it was opened")
+        image = self._bytes(shard, entry)
         return RawSample(entry.key, image, None if entry.label == NO_LABEL else entry.label, name)
+
+    def end_of(self, sample: int, length: int) -> bytes:
+        """The last `length` bytes of a sample's image, or all of it where it is shorter.
+
+        Raises:
+            BadSample, RemoteError: as `read`.
+        """
+        shard = bisect_right(self._ends, sample)
+        entry = self._entry(shard, sample - self._ends[shard] + self.shard_sizes[shard])
+        length = min(length, entry.size)
+        return self._bytes(shard, entry._replace(offset=entry.offset + entry.size - length, size=length))
+
+    def known_index(self, shard: int) -> ShardIndex | None:
+        """The index of shard number `shard`; None where it is remote, or missing."""
+        if self._missing[shard] or is_remote(self.names[shard]):
+            return None
+        try:
+            return self._index(shard)
+        except FileNotFoundError:
+            return None
 
     def entries(self, shard: int) -> Iterator[Entry]:
         """What the index of shard number `shard` says of its samples, in tar order."""
@@ -132,7 +166,17 @@ class ShardSet:
             ConfigError: it does not fit into the cache.
         """
         name = self.names[shard]
-        return self._cache.local(name, self._expected.get(name)) if is_remote(name) else Path(name)
+        return self._cache.local(name, self.descriptions.get(name)) if is_remote(name) else Path(name)
+
+    def _bytes(self, shard: int, entry: Entry) -> bytes:
+        name = self.names[shard]
+        try:
+            found = os.pread(self._descriptor(shard), entry.size, entry.offset)
+        except OSError as error:
+            raise BadSample(name, entry.key, f"the shard cannot be read: {error.strerror}") from error
+        if len(found) < entry.size:
+            raise BadSample(name, entry.key, "the shard has become shorter since it was opened")
+        return found
 
     def _entry(self, shard: int, number: int) -> Entry:
         if self._missing[shard]:
@@ -142,7 +186,12 @@ class ShardSet:
         except (MissingRemote, FileNotFoundError):
             self._missing[shard] = True
             return _flawed(_MISSING)
-        return index[number] if number < len(index) else _flawed("the shard holds fewer samples than were counted")
+        if number >= len(index):
+            return _flawed("the shard holds fewer samples than were counted")
+        entry, numbers = index[number], self._numbers[shard]
+        if numbers is None or entry.label == NO_LABEL:
+            return entry
+        return entry._replace(label=numbers[entry.label] if entry.label < len(numbers) else NO_LABEL)
 
     def _index(self, shard: int) -> ShardIndex:
         index = self._indices.get(shard)
@@ -178,7 +227,7 @@ class ShardSet:
     def _with_local(self, shard: int, use: Callable[[Path], T]) -> T:
         """`use` of the shard's path on this machine."""
         name = self.names[shard]
-        return self._cache.use(name, self._expected.get(name), use) if is_remote(name) else use(Path(name))
+        return self._cache.use(name, self.descriptions.get(name), use) if is_remote(name) else use(Path(name))
 
     def _forget_process_state(self) -> None:
         self._descriptors: OrderedDict[int, int] = OrderedDict()

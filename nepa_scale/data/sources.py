@@ -11,18 +11,24 @@ from urllib.parse import urlsplit
 import braceexpand
 
 from nepa_scale.config import ConfigError
+from nepa_scale.data.class_names import numbers_of
 from nepa_scale.data.description import FILE_NAME, Description, ShardDescription
 from nepa_scale.data.remote import PIPE, MissingRemote, RefusedRemote, Remote, is_remote
 
 
 @dataclass(frozen=True)
 class Source:
-    """Shards in order, by path or URL, and what `dataset.json` files say of them."""
+    """Shards in order, by path or URL, and what `dataset.json` files say of them.
+
+    class_names: where all name their classes: each name once, those of the first folder before those of the next
+    labels: by path or URL, where a folder's classes are not numbered so: the number of each label's name
+    """
 
     locations: list[str]
     described: dict[str, ShardDescription]
     classes: int | None
     class_names: list[str] | None
+    labels: dict[str, list[int]]
 
 
 def resolve(source: str, remote: Remote) -> Source:
@@ -43,14 +49,26 @@ def resolve(source: str, remote: Remote) -> Source:
     }
     places = {location: (_parent(location), _name(location)) for location in locations}
     described = {location: by_name[place] for location, place in places.items() if place in by_name}
-    classes, names = None, None
+    classes, names, labels = None, None, {}
     if len(described) == len(places):
-        folders = [description for description in by_folder.values() if description]
-        if all(folder.classes is not None for folder in folders):
-            classes = max(folder.classes or 0 for folder in folders)
-        if all(folder.class_names == folders[0].class_names for folder in folders):
-            names = folders[0].class_names
-    return Source(locations, described, classes, names)
+        folders = {folder: description for folder, description in by_folder.items() if description}
+        if all(description.classes is not None for description in folders.values()):
+            classes = max(description.classes or 0 for description in folders.values())
+        lists = {folder: description.class_names for folder, description in folders.items()}
+        if None not in lists.values():
+            names, numbers = _united({folder: one for folder, one in lists.items() if one is not None})
+            classes = len(names) if numbers else classes
+            labels = {location: numbers[folder] for location, (folder, _) in places.items() if folder in numbers}
+    return Source(locations, described, classes, names, labels)
+
+
+def _united(lists: dict[str, list[str]]) -> tuple[list[str], dict[str, list[int]]]:
+    """One list of the classes of several folders; and for those that are numbered otherwise, each label's number."""
+    first = next(iter(lists.values()))
+    if all(names == first for names in lists.values()):
+        return first, {}
+    united = list(dict.fromkeys(name for names in lists.values() for name in names))
+    return united, {folder: numbers_of(names, united, folder) for folder, names in lists.items()}
 
 
 def nothing_found(source: str) -> ConfigError:

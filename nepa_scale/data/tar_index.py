@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nepa_scale.counter_random import hash_array
 from nepa_scale.data.safe_files import write_atomically
 
 SUFFIX = ".idx"
@@ -39,6 +40,7 @@ _ENTRY = struct.Struct("<QIiII")
 _KEY_END = struct.Struct("<I")
 _KEY_END_OFFSET = 16
 _LABEL_OFFSET = 12
+_SIZE_OFFSET = 8
 _BLOCK = 512
 _WINDOW = 4096
 _LARGEST = {"image": 2**32 - 1, "label": 2**31 - 1, "text": 1 << 20}
@@ -92,6 +94,18 @@ class ShardIndex:
         """int32 [samples], NO_LABEL where there is none; a view of the index."""
         return np.ndarray((self.samples,), np.dtype("<i4"), self._buffer, _HEADER.size + _LABEL_OFFSET, (_ENTRY.size,))
 
+    @property
+    def sizes(self) -> NDArray[np.uint32]:
+        """Of the images, in bytes, uint32 [samples]; 0 where there is none; a view of the index."""
+        return np.ndarray((self.samples,), np.dtype("<u4"), self._buffer, _HEADER.size + _SIZE_OFFSET, (_ENTRY.size,))
+
+    def key_hashes(self) -> NDArray[np.uint64]:
+        """A hash of each sample's key, uint64 [samples]."""
+        ends = np.ndarray(
+            (self.samples,), np.dtype("<u4"), self._buffer, _HEADER.size + _KEY_END_OFFSET, (_ENTRY.size,)
+        )
+        return hash_texts(np.frombuffer(self._buffer, np.uint8, int(ends[-1]), self._keys), ends.astype(np.int64))
+
     def __getitem__(self, number: int) -> Entry:
         at = _HEADER.size + number * _ENTRY.size
         offset, size, label, key_end, flaw = _ENTRY.unpack_from(self._buffer, at)
@@ -102,6 +116,18 @@ class ShardIndex:
     def save(self, path: Path, shard_mtime_ns: int) -> None:
         """Writes the index file, whole or not at all."""
         write_atomically(path, bytes(self._buffer), shard_mtime_ns)
+
+
+def hash_texts(characters: NDArray[np.uint8], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A hash of each of the byte strings that lie end to end in `characters`, uint64 [texts].
+
+    Each is a sum of its bytes by weights that depend on their places: one pass over all, without a loop.
+    """
+    starts = np.concatenate([[0], ends[:-1]])
+    places = np.arange(len(characters)) - np.repeat(starts, ends - starts)
+    terms = (characters.astype(np.uint64) + np.uint64(1)) * hash_array(places, "text").view(np.uint64)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
+    return sums[ends] - sums[starts]
 
 
 def index_shard(path: Path) -> ShardIndex:

@@ -49,9 +49,9 @@ def pooled_features(backbone: CausalViT, settings: FeatureSettings) -> Callable[
 
 def evaluate_features(
     backbone: CausalViT,
-    train: Iterable[Batch],
+    train: Iterable[Batch] | None,
     val: Iterable[Batch],
-    classes: int,
+    classes: int | None,
     world: World,
     settings: FeatureSettings,
     *,
@@ -60,16 +60,21 @@ def evaluate_features(
     """kNN accuracy and effective rank of the last of the blocks, and linear probes of each. Collective.
 
     train, val: one ordered pass over this rank's share, as `EvaluationStream` makes it; labelled
+    classes: None: without labels, and then the effective rank alone, which needs no `train`
     Returns `knn_top1` (k 20), `knn10_top1`, `effective_rank` (RankMe, 2210.02885, of validation features) and, with
     `probe`, `probe_top1` (best block, chosen on training features held out), `probe_last_top1` and `probe` by block.
     """
     features = pooled_features(backbone, settings)
-    bank = collect_features(train, features, world)
+    bank = None if train is None or classes is None else collect_features(train, features, world)
     queries = collect_features(val, features, world).gathered()
     width = backbone.architecture.width
-    mine, last = bank.without_padding(), replace(queries, values=queries.values[:, -width:])
-    found: dict[str, Any] = {
-        key: knn_top1(
+    last = replace(queries, values=queries.values[:, -width:])
+    found: dict[str, Any] = {"effective_rank": spectrum(last)}
+    if bank is None or classes is None:
+        return found
+    mine = bank.without_padding()
+    for key, k in NEIGHBOURS.items():
+        found[key] = knn_top1(
             mine.values[:, -width:],
             mine.labels,
             last.values,
@@ -79,9 +84,6 @@ def evaluate_features(
             device=world.device,
             world=world,
         )
-        for key, k in NEIGHBOURS.items()
-    }
-    found["effective_rank"] = spectrum(last)
     if probe:
         found |= _probes(bank.gathered(), queries, width, classes, world.device, settings.blocks)
     return found

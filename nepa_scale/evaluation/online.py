@@ -52,13 +52,14 @@ class FeatureEvaluation:
     """Weighted kNN (k 20, temperature 0.07) and effective rank; with `probe` a linear probe and `ReferencePrediction`.
 
     bank, queries: make one ordered pass over this rank's share of training and validation samples
+    classes: None: without labels, and so without kNN and linear probe
     """
 
     def __init__(
         self,
         bank: Callable[[], Iterable[Batch]],
         queries: Callable[[], Iterable[Batch]],
-        classes: int,
+        classes: int | None,
         world: World,
         *,
         probe: bool = False,
@@ -66,7 +67,8 @@ class FeatureEvaluation:
         self.bank, self.queries, self.classes, self.world, self.probe = bank, queries, classes, world, probe
 
     def of_strategy(self, strategy: Strategy) -> dict[str, float]:
-        """`knn_top1`, `features_effective_rank`; with a probe `probe_top1`, `reference_cosine`. Collective."""
+        """`features_effective_rank`, with a probe `reference_cosine`; by labels `knn_top1`, with a probe `probe_top1`.
+        Collective."""
         strategy.module.eval()
         try:
             return self._measure(strategy)
@@ -76,23 +78,28 @@ class FeatureEvaluation:
     @torch.no_grad()
     def _measure(self, strategy: Strategy) -> dict[str, float]:
         world, reference = self.world, ReferencePrediction() if self.probe else None
-        seen = reference.fit_on if reference else None
-        bank = collect_features(self.bank(), backbone_features(strategy, seen), world)
+        bank = None
+        if self.classes is not None or reference:
+            seen = reference.fit_on if reference else None
+            bank = collect_features(self.bank(), backbone_features(strategy, seen), world)
         if reference:
             reference.solve()
-            seen = reference.evaluate_on
+        seen = reference.evaluate_on if reference else None
         queries = collect_features(self.queries(), backbone_features(strategy, seen), world).gathered()
-        found = {"knn_top1": self._knn(bank, queries), "features_effective_rank": spectrum(queries)}
-        if reference:
-            found |= {"probe_top1": self._probe(bank.gathered(), queries), "reference_cosine": reference.cosine()}
-        return found
+        found = {"features_effective_rank": spectrum(queries)}
+        if bank is not None and self.classes is not None:
+            found = {"knn_top1": self._knn(bank, queries, self.classes)} | found
+            if self.probe:
+                found["probe_top1"] = self._probe(bank.gathered(), queries, self.classes)
+        return found | ({"reference_cosine": reference.cosine()} if reference else {})
 
     def knn_of_pixels(self) -> float:
-        """kNN accuracy of the images themselves, which features have to beat. Collective."""
+        """kNN accuracy of the images themselves, which features have to beat; labelled sets only. Collective."""
+        assert self.classes is not None
         bank = collect_features(self.bank(), pixel_features, self.world)
-        return self._knn(bank, collect_features(self.queries(), pixel_features, self.world).gathered())
+        return self._knn(bank, collect_features(self.queries(), pixel_features, self.world).gathered(), self.classes)
 
-    def _knn(self, bank: Features, queries: Features) -> float:
+    def _knn(self, bank: Features, queries: Features, classes: int) -> float:
         """Neighbours are sought where the model is, each rank among its own part of the bank."""
         mine = bank.without_padding()
         return knn_top1(
@@ -100,13 +107,13 @@ class FeatureEvaluation:
             mine.labels,
             queries.values,
             queries.labels,
-            classes=self.classes,
+            classes=classes,
             device=self.world.device,
             world=self.world,
         )
 
-    def _probe(self, bank: Features, queries: Features) -> float:
+    def _probe(self, bank: Features, queries: Features, classes: int) -> float:
         device = self.world.device
         with torch.enable_grad():
-            probe = fit_linear_probe(bank.values.to(device), bank.labels.to(device), self.classes)
+            probe = fit_linear_probe(bank.values.to(device), bank.labels.to(device), classes)
         return probe.accuracy(queries.values.to(device), queries.labels.to(device))["top1"]

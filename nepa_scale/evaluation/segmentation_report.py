@@ -23,10 +23,12 @@ def describe(facts: dict[str, Any]) -> str:
     kind = "causal" if facts["causal"] else "bidirectional"
     ranked = sorted((row for row in facts["per_class"] if row["iou"] is not None), key=lambda row: -row["iou"])
     shown = ranked if len(ranked) <= 12 else [*ranked[:6], *ranked[-6:]]
+    known = f" ({facts['val_in_train']:.1%} training images)" if facts["val_in_train"] else ""
     lines = [
         f"{source_of(facts)}, blocks {blocks}, {kind}, {facts['side']} pixels",
         f"  {facts['classes']} classes{', label 0 ignored' if facts['zero_is_ignored'] else ''}; "
-        f"{facts['train_images']:,} training and {facts['val_images']:,} validation images; {facts['seconds']:.0f} s",
+        f"{facts['train_images']:,} training and {facts['val_images']:,} validation images{known}; "
+        f"{facts['seconds']:.0f} s",
         f"  {'mIoU':<26}{facts['miou']:.1%}",
         f"  {'mean accuracy of classes':<26}{facts['mean_accuracy']:.1%}",
         f"  {'pixel accuracy':<26}{facts['pixel_accuracy']:.1%}",

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nepa_scale.config import Config
+from nepa_scale.config import Config, ConfigError
 from nepa_scale.data import EvaluationStream, ShardSet
 from nepa_scale.data.batch import Batch
 from nepa_scale.evaluation.accuracy import Accuracy
+from nepa_scale.evaluation.held_out import match_classes, require_other_images
 from nepa_scale.evaluation.online import FeatureEvaluation
 from nepa_scale.sharding import Strategy, World
 from nepa_scale.training.agreement import Agreement
@@ -54,26 +55,71 @@ class Passes:
         return batches
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a run evaluates on.
+
+    shards: of data.val, labelled as data.train where both name their classes
+    same: how many of its images are in data.train as well; on the main rank only
+    notes: lines for people
+    """
+
+    shards: ShardSet
+    same: int
+    notes: tuple[str, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """`val_in_train`, the share of images that were trained on, where it is not 0."""
+        return {"val_in_train": self.same / len(self.shards)} if self.same else {}
+
+
+def make_validation(shards: ShardSet, val: ShardSet, config: Config, same: int) -> Validation:
+    """Holds data.val against data.train.
+
+    same: see `Validation`
+    Raises:
+        ConfigError: most images are the same; a class that data.train does not have; or, in fine-tuning, no labels.
+    """
+    notes = [require_other_images(same, len(val), "data.val", "data.train")]
+    if val.classes is None or shards.classes is None:
+        if config.task == "finetune":
+            raise ConfigError(f"task=finetune needs labels, and the shards of data.val={config.data.val} have none")
+        nameless = " and ".join(
+            name for name, one in (("data.train", shards), ("data.val", val)) if one.classes is None
+        )
+        measured = "features_effective_rank" + (", reference_cosine" if config.evaluate.probe else "")
+        notes.append(f"no labels in {nameless}: what is evaluated without them is {measured}")
+        return Validation(val, same, tuple(filter(None, notes)))
+    val, note = match_classes(val, "data.val", shards.class_names, shards.classes, "data.train")
+    if config.task == "finetune" and (val.classes or 0) > shards.classes:
+        raise ConfigError(f"data.val has {val.classes} classes, and data.train only {shards.classes}")
+    return Validation(val, same, tuple(filter(None, [*notes, note])))
+
+
 def make_evaluation(
     task: Pretraining | Finetuning,
     shards: ShardSet,
-    val: ShardSet | None,
+    validation: Validation | None,
     passes: Passes,
     strategy: Strategy,
     average: MovingAverage | None,
 ) -> Callable[[], dict[str, Any]] | None:
-    """The loop's evaluation: of the classifier, or of the features where both sets have labels."""
-    if isinstance(task, Finetuning):
-        if val is None:
-            return None
-        return classifier_evaluation(Accuracy(passes.over(val, classes=task.classes), passes.world), strategy, average)
-    if val is None or shards.classes is None or val.classes is None:
+    """The loop's evaluation: of the classifier, or of the features, by labels where both sets have them."""
+    if validation is None:
         return None
-    classes = max(shards.classes, val.classes)
-    bank = passes.over(shards, passes.config.evaluate.bank)
-    probe = passes.config.evaluate.probe
-    features = FeatureEvaluation(bank, passes.over(val), classes, passes.world, probe=probe)
-    return features_evaluation(features, strategy, average)
+    val = validation.shards
+    if isinstance(task, Finetuning):
+        accuracy = Accuracy(passes.over(val, classes=task.classes), passes.world)
+        evaluate = classifier_evaluation(accuracy, strategy, average)
+    else:
+        labelled = shards.classes is not None and val.classes is not None
+        classes = max(shards.classes or 0, val.classes or 0) if labelled else None
+        bank = passes.over(shards, passes.config.evaluate.bank)
+        probe = passes.config.evaluate.probe
+        features = FeatureEvaluation(bank, passes.over(val), classes, passes.world, probe=probe)
+        evaluate = features_evaluation(features, strategy, average)
+    return lambda: evaluate() | validation.facts
 
 
 def features_evaluation(
@@ -84,7 +130,7 @@ def features_evaluation(
     def evaluate() -> dict[str, Any]:
         with applied_by_default(average, strategy) as weights:
             found = weights | features.of_strategy(strategy)
-        if strategy.optimizer_steps() > 0:
+        if strategy.optimizer_steps() > 0 or features.classes is None:
             return found
         return found | {"knn_top1_untrained": found["knn_top1"], "knn_top1_pixels": features.knn_of_pixels()}
 

@@ -195,6 +195,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "val", samples=13, seed=9)
+
+
+@pytest.fixture(scope="module")
 def pretrained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("pretrained") / "run"
     assert run_training([*TINY, f"data.train={shards}", f"output={run}"]).returncode == 0
@@ -210,10 +215,10 @@ FINETUNE = [
 
 
 @pytest.fixture(scope="module")
-def alone(shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(shards: Path, val: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("finetuned") / "run"
     done = run_training(
-        [*FINETUNE, f"data.train={shards}", f"data.val={shards}", f"finetune.weights={pretrained}", f"output={run}"]
+        [*FINETUNE, f"data.train={shards}", f"data.val={val}", f"finetune.weights={pretrained}", f"output={run}"]
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "block 0" in done.stdout
@@ -232,11 +237,11 @@ def alone(shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFacto
     ids=["fsdp", "zero3", "zero1"],
 )
 def test_sharded_fine_tuning_is_that_of_one_process(
-    kind: str, arguments: list[str], shards: Path, pretrained: Path, alone: Path, tmp_path: Path
+    kind: str, arguments: list[str], shards: Path, val: Path, pretrained: Path, alone: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     done = run_training(
-        [*arguments, *FINETUNE, f"data.train={shards}", f"data.val={shards}", f"finetune.weights={pretrained}",
+        [*arguments, *FINETUNE, f"data.train={shards}", f"data.val={val}", f"finetune.weights={pretrained}",
          f"output={run}"], kind, ranks=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -35,10 +35,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_of(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A run of each objective, made where it is first asked for."""
     folder = tmp_path_factory.mktemp("runs")
+    val = write_shards(folder / "val", samples=13, seed=9)
 
     @functools.cache
     def run(objective: str) -> Path:
-        train(objective, shards, folder / objective, f"data.val={shards}", "checkpoint.every=3", "checkpoint.keep=2")
+        train(objective, shards, folder / objective, f"data.val={val}", "checkpoint.every=3", "checkpoint.keep=2")
         return folder / objective
 
     return run

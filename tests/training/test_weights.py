@@ -149,6 +149,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     """Evaluated at steps 0, 3 and 6; with the weights that were. A decay of 0.5 leaves 0.125 at 3, and 0.016 at 6."""
     folder = tmp_path_factory.mktemp("trained")
     shards, run = write_shards(folder / "shards"), folder / "run"
+    val = write_shards(folder / "val", samples=13, seed=9)
     evaluated: list[dict[str, torch.Tensor]] = []
     original = FeatureEvaluation.of_strategy
 
@@ -160,7 +161,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureEvaluation, "of_strategy", watched)
         arguments = [
-            *TINY, f"data.train={shards}", f"data.val={shards}", f"output={run}", "ema.decay=0.5", "evaluate.every=3",
+            *TINY, f"data.train={shards}", f"data.val={val}", f"output={run}", "ema.decay=0.5", "evaluate.every=3",
             "checkpoint.every=3", "model.layer_scale=1.0", "optimizer.lr=1e-2",
         ]  # fmt: skip
         assert train.main(arguments) == 0
@@ -219,7 +220,7 @@ def test_tools_take_the_default_weights_and_name_them(
     run: tuple[Path, list[dict[str, torch.Tensor]]], program: Program, tmp_path: Path
 ) -> None:
     folder = run[0]
-    shards = folder.parent / "shards"
+    val = folder.parent / "val"
     measured = {row["step"]: row["knn_top1"] for row in read_json_lines(folder / "metrics.jsonl") if "knn_top1" in row}
     for step, weights in ((3, "raw"), (6, "ema")):
         checkpoint = folder / "checkpoints" / f"step_{step:08d}"
@@ -231,7 +232,7 @@ def test_tools_take_the_default_weights_and_name_them(
         with safe_open(output, "pt") as file:
             assert file.metadata()["weights"] == weights
         status, out, err = program(
-            "evaluate", checkpoint, "--data", shards, "--no-probe", "--workers", 0, "--json", tmp_path / "found.json"
+            "evaluate", checkpoint, "--data", val, "--no-probe", "--workers", 0, "--json", tmp_path / "found.json"
         )
         assert status == 0
         assert f"step {step} ({weights} weights)" in out
@@ -239,7 +240,7 @@ def test_tools_take_the_default_weights_and_name_them(
         found = json.loads((tmp_path / "found.json").read_text())
         assert (found["weights"], found["step"]) == (weights, step)
         assert found["knn_top1"] == measured[step]
-    arguments = ("attention", folder, shards, "--limit", 2, "--pictures", 0, "--output", tmp_path / "gallery")
+    arguments = ("attention", folder, val, "--limit", 2, "--pictures", 0, "--output", tmp_path / "gallery")
     status, out, _ = program("visualize", *arguments, "--json", tmp_path / "found.json")
     assert status == 0
     assert "step 6 (ema weights), causal" in out
