@@ -29,9 +29,10 @@ from nepa_scale.config import EXIT_USAGE, Config, ConfigError, DataConfig
 from nepa_scale.data import DataError, EvaluationStream, ShardSet
 from nepa_scale.data.batch import Batch
 from nepa_scale.data.overlap import same_samples
+from nepa_scale.data.remote import is_remote
 from nepa_scale.evaluation.accuracy import Accuracy
 from nepa_scale.evaluation.attentive_probe import AttentiveProbe
-from nepa_scale.evaluation.held_out import match_classes, require_other_images
+from nepa_scale.evaluation.held_out import describe_same, match_classes, require_other_images
 from nepa_scale.evaluation.loading import attends_causally, load_any, source_of
 from nepa_scale.evaluation.offline import FeatureSettings, evaluate_features, spread_blocks
 from nepa_scale.interop.preprocessing import Preprocessing
@@ -130,8 +131,18 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
         classes = task.head.out_features
         if val.classes is None:
             raise ConfigError(f"{arguments.data} has no labels, which the accuracy of a classifier needs")
-        if val.classes > classes:
+        names = loaded.class_names
+        if names and val.class_names and config is None and other_words(names, val.class_names):
+            say(f"{arguments.data} and the classifier have other names for {classes} classes: matched by number")
+            names = None
+        val, note = match_classes(val, arguments.data, names, classes, "the classifier")
+        if (val.classes or 0) > classes:
             raise ConfigError(f"{arguments.data} has {val.classes} classes, and the classifier only {classes}")
+        say(note)
+        trained_on = training_shards(config, data)
+        same = same_samples(val, trained_on) if trained_on else 0
+        say(describe_same(same, len(val), arguments.data, f"the training set {config.data.train}" if config else ""))
+        facts["val_in_train"] = same / len(val) if trained_on else None
         facts |= Accuracy(lambda: one_pass(val, "classifying", classes), world).of_module(task)
     else:
         depth = task.backbone.architecture.depth
@@ -150,9 +161,10 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
             classes = None
         else:
             same = same_samples(val, train)
-            say(require_other_images(same, len(val), arguments.data, source))
+            known = require_other_images(same, len(val), arguments.data, source)
             facts["val_in_train"] = same / len(val)
             val, note = match_classes(val, arguments.data, train.class_names, train.classes, source)
+            say(known)
             say(note)
             classes = max(train.classes, val.classes or 0)
         causal = attends_causally(task) and not arguments.bidirectional
@@ -167,6 +179,22 @@ def evaluate(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
             scores = Accuracy(lambda: one_pass(val, "validation tokens", classes), world).of_module(probe)
             facts |= {f"attentive_{name}": value for name, value in scores.items()} | {"attentive_lr": probe.lr}
     return facts | {"seconds": time.monotonic() - began}
+
+
+def other_words(names: list[str], others: list[str]) -> bool:
+    """Whether two lists may name the same classes in two ways, as ImageNet's are named by synset and in English."""
+    return len(names) == len(others) and not set(names) & set(others)
+
+
+def training_shards(config: Config | None, data: DataConfig) -> ShardSet | None:
+    """Those of the run, where they lie on this machine: nothing is fetched."""
+    source = config.data.train if config else None
+    if source is None or source.endswith(".txt") or any(map(is_remote, source.split("::"))):
+        return None
+    try:
+        return ShardSet.open(source, data)
+    except ConfigError:
+        return None
 
 
 def preparation(arguments: argparse.Namespace, config: Config | None) -> Preprocessing:

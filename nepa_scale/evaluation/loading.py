@@ -11,6 +11,7 @@ from nepa_scale.interop.official import CONFIG, has_average, load_official, weig
 from nepa_scale.objectives import Classifier, NextEmbedding, is_causal
 from nepa_scale.training.checkpoint import locate_checkpoint, read_meta
 from nepa_scale.training.export import load_task
+from nepa_scale.training.exported import class_names
 from nepa_scale.training.run_record import describe_changes, record_of_checkpoint
 from nepa_scale.training.weights import choose_weights
 
@@ -25,6 +26,7 @@ class Loaded:
     step: of the checkpoint
     changed: which of the run's settings changed on the way to it, and where; empty: none did
     note: a line for people, where the default is not the average that there is
+    class_names: of a classifier, by label, where they are known
     """
 
     path: Path
@@ -34,6 +36,7 @@ class Loaded:
     step: int | None
     changed: str
     note: str
+    class_names: list[str] | None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -52,14 +55,15 @@ def load_any(path: Path, weights: str | None) -> Loaded:
     if (path / CONFIG).is_file():
         kind = weights or weights_by_default(path)
         named = kind if has_average(path) else "official"
-        return Loaded(path, load_official(path, kind).task, None, named, None, "", "")
+        official = load_official(path, kind)
+        return Loaded(path, official.task, None, named, None, "", "", official.class_names)
     folder = locate_checkpoint(path)
     chosen = choose_weights(folder, weights)
     meta, record = read_meta(folder), record_of_checkpoint(folder)
     config = config_from_dict(meta["config"], str(folder))
     changed = describe_changes(record.changes(chosen.step, meta.get("start"))) if record else ""
     task = load_task(folder, chosen.weights)
-    return Loaded(path, task, config, chosen.weights, chosen.step, changed, chosen.note)
+    return Loaded(path, task, config, chosen.weights, chosen.step, changed, chosen.note, class_names(folder))
 
 
 def source_of(facts: dict[str, Any]) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from nepa_scale import train
 from nepa_scale.config import Config, ConfigError, DataConfig
@@ -21,6 +23,7 @@ from nepa_scale.evaluation.held_out import match_classes, require_other_images
 from nepa_scale.evaluation.while_training import make_validation
 from nepa_scale.interop import save_official
 from nepa_scale.models import build_vit
+from nepa_scale.objectives import Classifier
 from nepa_scale.training.run_folder import read_json_lines
 from tests.launch import REPOSITORY, TINY, write_shards
 
@@ -265,3 +268,61 @@ def test_evaluate_without_labels_gives_the_effective_rank(
         ranks.append(found["effective_rank"])
     assert ranks[0] > 1
     assert ranks[1] == labelled["effective_rank"]
+
+
+def always_the_second(folder: Path, names: list[str] | None) -> Path:
+    """A classifier of three classes in the official layout that says the second of everything."""
+    task = Classifier(build_vit("vit_b", 8, 32, seed=1, width=48, depth=2, heads=3, layer_scale=0.1), 3)
+    assert task.fc_norm is not None
+    for parameter in (*task.head.parameters(), *task.fc_norm.parameters()):
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        task.head.bias[1] = 1.0
+    save_official(task, folder, class_names=names)
+    return folder
+
+
+def test_a_classifier_is_judged_by_the_names_of_its_classes(
+    sets: dict[str, Path], evaluate: Program, tmp_path: Path
+) -> None:
+    """Its second is blue, of which there is none in `some`; by number it would be half of it."""
+    cases = [  # names of the classifier, data, accuracy, what is said
+        (["green", "blue", "red"], "some", 0.0, ""),
+        (["green", "blue", "red"], "val", 1 / 3, ""),
+        (None, "nameless_val", 1 / 3, ""),
+        (None, "some", 0.5, "has 2 classes and the classifier 3; they are matched by number, as the classifier does"),
+        (["sky", "sea", "sun"], "val", 1 / 3, "and the classifier have other names for 3 classes"),
+    ]
+    for number, (names, data, top1, said) in enumerate(cases):
+        folder = always_the_second(tmp_path / str(number), names)
+        status, out, err = evaluate(folder, "--data", sets[data], "--json", "-")
+        assert status == 0
+        assert json.loads(out)["top1"] == pytest.approx(top1)
+        assert json.loads(out)["val_in_train"] is None
+        assert said in err if said else "warning" not in err
+    named = always_the_second(tmp_path / "named", ["green", "blue", "red"])
+    for data, why in (("more", "training does not know: grey"), ("unlabelled", "has no labels")):
+        status, _, err = evaluate(named, "--data", sets[data])
+        assert status == 2
+        assert why in err
+
+
+def test_the_classifier_of_a_run_knows_its_classes_and_its_images(
+    sets: dict[str, Path], evaluate: Program, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [
+        *TINY, "task=finetune", f"data.train={sets['train']}", f"data.val={sets['some']}", "train.steps=20",
+        "schedule.warmup_steps=1", "data.workers=0", "finetune.weights=null", "optimizer.lr=1e-2",
+        "finetune.head_lr=1e-2", "model.layer_scale=1.0", "train.log_every=10", f"output={run}",
+    ]  # fmt: skip
+    assert train.main(words) == 0
+    last = [row for row in read_json_lines(run / "metrics.jsonl") if "top1" in row][-1]
+    assert last["top1"] == 1.0
+    status, out, err = evaluate(run, "--data", sets["some"], "--json", "-")
+    assert (status, "warning" in err) == (0, False)
+    assert (json.loads(out)["top1"], json.loads(out)["val_in_train"]) == (1.0, 0.0)
+    status, out, err = evaluate(run, "--data", sets["train"])
+    assert status == 0
+    assert f"warning: all of the 18 images of {sets['train']} are images of the training set " in err
+    assert "; 100.0% of the images are training images" in out.splitlines()[0]
