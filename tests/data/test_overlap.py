@@ -126,6 +126,7 @@ def test_damaged_and_missing_shards_are_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "other" / "dataset.json").write_text(json.dumps(description))
     for number, name in enumerate(names):
         write_shard(tmp_path / "other" / name.name, iter([SourceSample(f"{number}", images(1, number)[0], 0)]))
+    (tmp_path / "train" / "dataset.json").write_text(json.dumps(description))
     assert same_samples(opened(tmp_path / "other"), opened(tmp_path / "train")) == 0
 
 

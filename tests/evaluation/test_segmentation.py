@@ -277,6 +277,10 @@ def damage(place: Path, what: str) -> list[object]:
             return ["--blocks", 3]
         case "picture":
             return ["--plot", "a.xyz"]
+        case "known images":
+            for kind in ("images", "annotations"):
+                shutil.rmtree(place / kind / "validation")
+                shutil.copytree(place / kind / "training", place / kind / "validation")
     return []
 
 
@@ -298,6 +302,7 @@ def damage(place: Path, what: str) -> list[object]:
         ("side", "--side 30 does not divide into patches of 4"),
         ("blocks", "--blocks must be between 1 and 2"),
         ("picture", "--plot a.xyz must be named .png"),
+        ("known images", "images/validation are images of"),
     ],
 )
 def test_refusals_are_one_clear_line(
