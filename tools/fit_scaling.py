@@ -37,7 +37,14 @@ from nepa_scale.scaling import (
 )
 from nepa_scale.scaling.direction import require_falling
 from nepa_scale.scaling.envelope import EnvelopeFit, fit_envelope
-from nepa_scale.scaling.fit_text import envelope_line, form_lines, isoflop_line, law_lines, outlier_lines
+from nepa_scale.scaling.fit_text import (
+    envelope_line,
+    form_lines,
+    isoflop_line,
+    law_lines,
+    outlier_lines,
+    weights_line,
+)
 from nepa_scale.scaling.forms import compare_forms, compare_frontiers
 from nepa_scale.scaling.metrics import find_metric, list_metrics
 from nepa_scale.scaling.plots import plot_law
@@ -48,6 +55,7 @@ from nepa_scale.scaling.points import (
     points_of_runs,
     read_csv,
     require_one_objective,
+    weights_of_points,
 )
 from nepa_scale.scaling.recorded_runs import read_recorded_runs
 
@@ -126,6 +134,7 @@ def main() -> int:
     facts = {
         "runs": len(loss),
         "left_out": points.left_out,
+        "weights": weights_of_points(points, find_metric(arguments.loss, points.runs)) if points.runs else {},
         "samples_from_flops": arguments.samples_from_flops,
         "parametric": law_facts(law, points),
         "parametric_reason": no_law,
@@ -238,6 +247,8 @@ def describe(
     lines.append(envelope_line(envelope) if envelope else f"envelope: {facts['envelope_reason']}")
     lines += form_lines("forms of N and D", facts["forms"])
     lines += form_lines("forms of compute, on the frontier", facts["frontiers"])
+    if facts["weights"]:
+        lines += ["", weights_line(facts["weights"], points.names[2])]
     lines += ["", *(f"left out: {name}: {why}" for name, why in facts["left_out"].items())]
     return "\n".join(lines).rstrip()
 

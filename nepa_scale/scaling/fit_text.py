@@ -34,6 +34,14 @@ def law_lines(law: ParametricFit, projected: ParametricFit | None, no_projection
     return lines
 
 
+def weights_line(weights: dict[str, list[str]], metric: str) -> str:
+    """Of which weights the runs' values are; where they are not all of the same, which runs' are of which."""
+    if len(weights) == 1:
+        return f"{metric} is of {next(iter(weights))} weights in all runs"
+    told = "; ".join(f"of {kind} weights in {', '.join(runs)}" for kind, runs in sorted(weights.items()))
+    return f"warning: {metric} is {told}: these are not measured alike"
+
+
 def outlier_lines(law: ParametricFit, points: Points) -> list[str]:
     """The rows that lie off the law, and those that another, smaller one beats."""
     lines = []

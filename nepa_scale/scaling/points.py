@@ -11,11 +11,10 @@ from nepa_scale.scaling.csv_file import read_csv_file
 from nepa_scale.scaling.metrics import Metric
 from nepa_scale.scaling.observations import NotDetermined
 from nepa_scale.scaling.recorded_runs import RecordedRun, collapse
+from nepa_scale.scaling.refusals import look_like_logarithms
 
 SAMPLES_FROM_FLOPS = "6ND"  # the rule by which D may be had from N and C, where it is asked for: C = 6 N D
 _POSITIVE_LOSS = ": fit 1 + loss, or an error rate"
-_LOGARITHMS = (2, 40)  # of parameters, samples and FLOPs, natural ones too, lie between these
-_LOGARITHMS_SPAN = 3  # the largest of a sweep's is less than that many times the smallest; counts vary by more
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,15 @@ class Points:
         runs = [self.runs[row] for row in kept] if self.runs else []
         n, d, y = ([values[row] for row in kept] for values in (self.parameters, self.samples, self.loss))
         return Points(n, d, y, flops, self.names, runs, left_out, kept)
+
+
+def weights_of_points(points: Points, metric: Metric) -> dict[str, list[str]]:
+    """The names of the runs whose value of `metric` is of raw weights, and of those where it is of the average."""
+    found: dict[str, list[str]] = {}
+    for run in points.runs:
+        if weights := metric.weights(run):
+            found.setdefault(weights, []).append(run.name)
+    return found
 
 
 def require_one_objective(points: Points) -> None:
@@ -152,12 +160,10 @@ def _require_counts(path: Path, column: str, values: Sequence[float]) -> None:
     Raises:
         ConfigError: the values are such that they must be logarithms: small, and close to each other.
     """
-    smallest, largest = min(values), max(values)
-    low, high = _LOGARITHMS
-    if low <= smallest < largest <= high and largest < smallest * _LOGARITHMS_SPAN:
+    if look_like_logarithms(values):
         raise ConfigError(
-            f"{path}: {column} holds {smallest:g} to {largest:g}, which look like logarithms: read those of base ten "
-            f"with --log10 {column}, or write the counts in full"
+            f"{path}: {column} holds {min(values):g} to {max(values):g}, which look like logarithms: read those of base "
+            f"ten with --log10 {column}, or write the counts in full"
         )
 
 

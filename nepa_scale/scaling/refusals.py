@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.stats import chi2
 
-from nepa_scale.scaling.observations import UNKNOWNS, NotDetermined, Numbers
+from nepa_scale.scaling.observations import UNKNOWNS, NotDetermined, Numbers, Values
 from nepa_scale.scaling.resampling import PRECISION, Interval
 from nepa_scale.scaling.solver import EXPONENTS
 
@@ -24,17 +24,22 @@ _POWERS = np.geomspace(*EXPONENTS, 40)
 _OTHERS = {"alpha": ("N", "parameters", "sizes"), "beta": ("D", "samples", "numbers of samples")}
 
 
+def look_like_logarithms(values: Values) -> bool:
+    """Whether numbers of parameters or samples are so small and so close together as only their logarithms are."""
+    low, high = min(values), max(values)
+    return bool(LOGARITHMS[0] <= low and high <= LOGARITHMS[1] and high < _NARROW * low)
+
+
 def require_counts(parameters: Numbers, samples: Numbers) -> None:
     """
     Raises:
         NotDetermined: a column looks like logarithms of counts.
     """
     for name, values in (("parameters", parameters), ("samples", samples)):
-        low, high = float(values.min()), float(values.max())
-        if LOGARITHMS[0] <= low and high <= LOGARITHMS[1] and high < _NARROW * low:
+        if look_like_logarithms(values):
             raise NotDetermined(
-                f"{name} lie between {low:g} and {high:g}, as logarithms of counts do: give the counts themselves, of "
-                f"runs that differ by more than {_NARROW:g} times"
+                f"{name} lie between {values.min():g} and {values.max():g}, as logarithms of counts do: give the counts "
+                f"themselves, of runs that differ by more than {_NARROW:g} times"
             )
 
 

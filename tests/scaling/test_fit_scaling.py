@@ -181,7 +181,9 @@ def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
             n = 40_000 * depth
             rows = [{"step": 1, "samples_seen": 1, "flops_seen": 1.0, "one_plus_loss": 1.0},
                     {"step": 9, "samples_seen": samples, "flops_seen": 6.0 * n * samples,
-                     "one_plus_loss": 0.1 + 5 / n**0.3 + 2 / samples**0.4}]  # fmt: skip
+                     "one_plus_loss": 0.1 + 5 / n**0.3 + 2 / samples**0.4,
+                     "knn_top1": 0.9 - 5 / n**0.3 - 2 / samples**0.4, "weights": "ema" if samples > 100 else "raw"},
+                    ]  # fmt: skip
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             folders.append(folder)
     for name, last in (("collapsed", {"step": 9, "target_cosine": 0.99}), ("unfinished", {"step": 5})):
@@ -192,7 +194,7 @@ def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     done = fit(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "name what to fit with --loss: of 11 runs there are one_plus_loss (11)" in done.stderr
+    assert "name what to fit with --loss: of 11 runs there are one_plus_loss (11), knn_error (9)" in done.stderr
     done = fit(tmp_path, "--loss", "one_plus_loss", "--bootstrap", 0, "--json", "-")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -201,3 +203,7 @@ def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
     assert list(facts["left_out"]) == ["collapsed", "unfinished"]
     assert "cosine of 0.990" in facts["left_out"]["collapsed"]
     assert facts["parametric"]["beta"] == pytest.approx(0.4, rel=0.01)
+    assert facts["weights"] == {}  # the training loss is that of the weights that are trained
+    done = fit(tmp_path, "--loss", "knn_error", "--bootstrap", 0)
+    assert "warning: knn_error is of ema weights in run_1_400, run_1_1600, " in done.stdout
+    assert "; of raw weights in run_1_100, run_2_100, run_4_100: these are not measured alike" in done.stdout
