@@ -162,8 +162,8 @@ def _require_counts(path: Path, column: str, values: Sequence[float]) -> None:
     """
     if look_like_logarithms(values):
         raise ConfigError(
-            f"{path}: {column} holds {min(values):g} to {max(values):g}, which look like logarithms: read those of base "
-            f"ten with --log10 {column}, or write the counts in full"
+            f"{path}: {column} holds {min(values):g} to {max(values):g}, which look like logarithms: read those of "
+            f"base ten with --log10 {column}, or write the counts in full"
         )
 
 

@@ -38,8 +38,8 @@ def require_counts(parameters: Numbers, samples: Numbers) -> None:
     for name, values in (("parameters", parameters), ("samples", samples)):
         if look_like_logarithms(values):
             raise NotDetermined(
-                f"{name} lie between {values.min():g} and {values.max():g}, as logarithms of counts do: give the counts "
-                f"themselves, of runs that differ by more than {_NARROW:g} times"
+                f"{name} lie between {values.min():g} and {values.max():g}, as logarithms of counts do: give the "
+                f"counts themselves, of runs that differ by more than {_NARROW:g} times"
             )
 
 
