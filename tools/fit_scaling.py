@@ -136,6 +136,7 @@ def main() -> int:
         "left_out": points.left_out,
         "weights": weights_of_points(points, find_metric(arguments.loss, points.runs)) if points.runs else {},
         "samples_from_flops": arguments.samples_from_flops,
+        "flops": "counted by the runs" if points.runs else arguments.flops or "6 N D",
         "parametric": law_facts(law, points),
         "parametric_reason": no_law,
         "variable_projection": law_facts(projected, points),
@@ -232,8 +233,8 @@ def describe(
     facts: dict[str, Any], points: Points, law: ParametricFit | None, projected: ParametricFit | None,
     isoflop: IsoflopFit | None,
 ) -> str:  # fmt: skip
-    derived = "; D = C / (6 N)" if facts["samples_from_flops"] else ""
-    lines = [f"{facts['runs']} runs; L(N, D) = E + A / N^alpha + B / D^beta{derived}", ""]
+    compute = "D = C / (6 N)" if facts["samples_from_flops"] else f"C: {facts['flops']}"
+    lines = [f"{facts['runs']} runs; L(N, D) = E + A / N^alpha + B / D^beta; {compute}", ""]
     if law is None:
         lines.append(f"no law: {facts['parametric_reason']}")
     else:

@@ -54,6 +54,7 @@ def test_a_file_becomes_a_law_and_a_picture(points: Path, tmp_path: Path) -> Non
     assert facts["parametric"]["intervals"].keys() >= {"E", "A", "B", "alpha", "beta"}
     assert facts["isoflop"] is None or facts["isoflop_reason"] is None
     assert facts["extrapolation_error"] < 1e-3
+    assert facts["flops"] == "6 N D"  # said, since it is an assumption
     assert (tmp_path / "law.png").stat().st_size > 20_000
     program = [sys.executable, str(REPOSITORY / "tools" / "fit_scaling.py"), str(points), *COLUMNS, "--bootstrap", "0"]
     assert "N* ~ C^a" in subprocess.run(program, capture_output=True, text=True, timeout=120).stdout
@@ -203,6 +204,7 @@ def test_runs_are_read_from_their_folders(tmp_path: Path) -> None:
     assert list(facts["left_out"]) == ["collapsed", "unfinished"]
     assert "cosine of 0.990" in facts["left_out"]["collapsed"]
     assert facts["parametric"]["beta"] == pytest.approx(0.4, rel=0.01)
+    assert facts["flops"] == "counted by the runs"
     assert facts["weights"] == {}  # the training loss is that of the weights that are trained
     done = fit(tmp_path, "--loss", "knn_error", "--bootstrap", 0)
     assert "warning: knn_error is of ema weights in run_1_400, run_1_1600, " in done.stdout
