@@ -84,7 +84,7 @@ def write_finetuning_sweep(tmp_path: Path, **changes: Any) -> Path:
     recipe = {
         "task": "finetune",
         "model": {"size": "vit_b", "image_size": 32},  # the rest of it is the pretraining's
-        "data": {"train": str(shards), "val": str(shards), "workers": 0},
+        "data": {"train": str(shards), "val": str(write_shards(tmp_path / "val", seed=1)), "workers": 0},
         "finetune": {"freeze_patches": False},
         "schedule": {"warmup_steps": 1},
         "train": {"global_batch_size": 8, "precision": "fp32"},
