@@ -82,7 +82,12 @@ def _draw_panel(axes: Axes, panel: Panel, rows: list[Row]) -> None:
     for (key, name), colour in zip(panel.curves.items(), COLOURS, strict=False):
         steps, values = _points(rows, key)
         marker = "o" if len(steps) <= 12 else None  # a single point has no line
-        axes.plot(steps, [scale * v for v in values], color=colour, lw=1.4, marker=marker, ms=3, label=name)
+        weights = _weights(rows, key)
+        label = f"{name} ({'ema' if 'ema' in weights else 'raw'} weights)" if weights else name
+        axes.plot(steps, [scale * v for v in values], color=colour, lw=1.4, marker=marker, ms=3, label=label)
+        if len(set(weights)) > 1:
+            raw = [(s, scale * v) for s, v, kind in zip(steps, values, weights, strict=True) if kind == "raw"]
+            axes.plot(*zip(*raw, strict=True), color=colour, ls="", marker="o", ms=4, mfc="white", label="raw weights")
     for (key, name), style in zip((panel.references or {}).items(), ("--", ":"), strict=False):
         _, values = _points(rows, key)
         if values:
@@ -92,7 +97,7 @@ def _draw_panel(axes: Axes, panel: Panel, rows: list[Row]) -> None:
     _decorate(axes)
     if panel.from_zero:
         axes.set_ylim(bottom=0)
-    if len(axes.get_lines()) > 1:
+    if len(axes.get_lines()) > 1 or any(_weights(rows, key) for key in panel.curves):
         axes.legend(fontsize=7, frameon=False, loc="best", handlelength=1.6)
 
 
@@ -107,6 +112,13 @@ def _decorate(axes: Axes) -> None:
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     axes.yaxis.get_offset_text().set_fontsize(7)
     axes.set_xlabel("step", fontsize=7, color=INK)
+
+
+def _weights(rows: list[Row], key: str) -> list[str]:
+    """Of which weights the values of `_points` are, one by one; empty where that is not logged with all of them."""
+    steps, _ = _points(rows, key)
+    named = {row["step"]: row["weights"] for row in rows if row.get(key) is not None and "weights" in row}
+    return [named[step] for step in steps] if set(steps) <= named.keys() else []
 
 
 def _points(rows: list[Row], key: str) -> tuple[list[float], list[float]]:

@@ -59,6 +59,16 @@ def test_knn_beside_its_baselines() -> None:
     assert [line.get_label() for line in (untrained, pixels)] == ["untrained network 20.0", "raw pixels 30.0"]
 
 
+def test_points_of_raw_and_of_averaged_weights_are_told_apart() -> None:
+    rows = [{"step": s, "knn_top1": s / 100, "weights": "raw" if s < 20 else "ema"} for s in (0, 10, 20, 30)]
+    trained, raw = draw(rows, "run").axes[0].get_lines()
+    assert [list(data) for data in raw.get_data()] == [[0, 10], [0, 10]]
+    assert [line.get_label() for line in (trained, raw)] == ["trained (ema weights)", "raw weights"]
+    (trained,) = draw(rows[:2], "run").axes[0].get_lines()
+    assert trained.get_label() == "trained (raw weights)"
+    assert draw(rows[:2], "run").axes[0].get_legend() is not None
+
+
 def test_knn_without_baselines() -> None:
     (trained,) = draw([{"step": 5, "knn_top1": 0.5}], "run").axes[0].get_lines()
     assert list(trained.get_ydata()) == [50]
