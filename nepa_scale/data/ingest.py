@@ -101,7 +101,7 @@ def read_class_list(path: Path) -> list[str]:
         ConfigError: it is none of these.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a name
         if path.suffix != ".json":
             return [line.split()[0] for line in text.splitlines() if line.strip()]
         fields = json.loads(text)

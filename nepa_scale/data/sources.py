@@ -83,7 +83,10 @@ def nothing_found(source: str) -> ConfigError:
 def _parts(source: str) -> list[str]:
     path = Path(source).expanduser()
     if path.suffix == ".txt" and path.is_file():
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the list of shards {path}: {error}") from error
         return [line for line in lines if line and not line.startswith("#")]
     return [part.strip() for part in source.split("::") if part.strip()]
 

@@ -32,7 +32,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         ConfigError: not readable, not JSON, no ZeRO stage from 1 to 3, or a section that the run configuration owns.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from error
     except ValueError as error:

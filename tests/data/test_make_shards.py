@@ -128,6 +128,7 @@ def test_images_without_classes_get_no_labels(tmp_path: Path) -> None:
     ("name", "content", "labels"),
     [
         ("classes.txt", "".join(f"{synset} some words\n" for synset in SYNSETS), (0, 2)),
+        ("marked.txt", "\ufeff" + "\n".join(SYNSETS), (0, 2)),  # as some editors save it
         ("dataset.json", json.dumps({"class_names": SYNSETS}), (0, 2)),
         ("class_to_idx.json", json.dumps({SYNSETS[0]: 2, SYNSETS[2]: 0, "other": 1}), (2, 0)),
     ],

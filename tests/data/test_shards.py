@@ -303,6 +303,11 @@ def test_sources(tmp_path: Path, data: DataConfig, monkeypatch: pytest.MonkeyPat
     assert keys(f"{tmp_path}/*/[ab].tar") == ["a", "b"]
     assert keys(f"{tmp_path}/two::{tmp_path}/one") == ["b", "c", "a"]
     assert keys(str(listed)) == ["a", "b", "c"]
+    listed.write_text(f"\ufeff{tmp_path}/one/a.tar\n")
+    assert keys(str(listed)) == ["a"]
+    listed.write_bytes(b"\xff\xfe/\0")
+    with pytest.raises(ConfigError, match="cannot read the list of shards"):
+        keys(str(listed))
     assert keys(f"file://{tmp_path}/one/a.tar") == ["a"]
     monkeypatch.chdir(tmp_path)
     assert keys("one/a.tar") == ["a"]

@@ -66,6 +66,12 @@ def test_unusable_files(tmp_path: Path, text: str, named: str) -> None:
         read_ds_config(tmp_path / "absent.json")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path: Path) -> None:
+    path = tmp_path / "zero3.json"
+    path.write_text((DS_CONFIGS / "zero3.json").read_text(), encoding="utf-8-sig")
+    assert read_ds_config(path) == read_ds_config(DS_CONFIGS / "zero3.json")
+
+
 def test_choice_of_strategy() -> None:
     assert choose_strategy("auto", None, 1)[0] == "single"
     assert choose_strategy("auto", None, 2)[0] == "fsdp"
